@@ -1,0 +1,1 @@
+//! Block formats, activations and dot-product kernels.

@@ -1,0 +1,5 @@
+//! gemrun, the CPU engine for Gemma 4: a memory-mapped GGUF file, a forward pass, a conversation.
+
+pub mod error;
+
+pub use error::{Error, Kind, Result};

@@ -1,0 +1,3 @@
+//! The `gemrun` command.
+
+fn main() {}
