@@ -2,7 +2,8 @@
 //!
 //! It shares no code with the engine: its own file reader ([`gguf`]), its own dequantisers ([`dequant`])
 //! and the model as plain loops ([`model`]). It is itself checked against logits recorded from another
-//! implementation (`oracle_vs_golden.rs`), so that nobody is compared only with themselves.
+//! implementation (`oracle_vs_golden.rs`), so that nobody is compared only with themselves. [`synth`] makes
+//! random files on which the engine and the oracle must agree.
 //! What it does not do: tokenize, sample, cache, or tolerate a malformed file.
 
 // Each test program uses its own part of this module.
@@ -11,6 +12,7 @@
 pub mod dequant;
 pub mod gguf;
 pub mod model;
+pub mod synth;
 
 pub use model::{Model, Trace};
 
