@@ -43,3 +43,23 @@ fn every_block_of_a_tensor_has_the_wanted_size() {
         }
     }
 }
+
+/// The variants of storage that the golden files lack: each must be read as the plain one.
+#[test]
+fn storage_does_not_change_the_model() {
+    let experts = |fused_gate_up| synth::Experts { fused_gate_up, ..Spec::moe(7).experts.unwrap() };
+    let pairs = [
+        (Spec::per_layer(5), Spec { redundant_kv: true, ..Spec::per_layer(5) }),
+        (Spec::per_layer(6), Spec { fused_qkv: true, ..Spec::per_layer(6) }),
+        (Spec::per_layer(6), Spec { fused_qkv: true, redundant_kv: true, ..Spec::per_layer(6) }),
+        (Spec::moe(7), Spec { experts: Some(experts(false)), ..Spec::moe(7) }),
+        (Spec::moe(8), Spec { lists: true, alignment: 128, ..Spec::moe(8) }),
+    ];
+    for (plain, other) in pairs {
+        let (plain, other) = (plain.all_in("Q5_1"), other.all_in("Q5_1"));
+        let (plain_file, other_file) = (synth::gguf(&plain), synth::gguf(&other));
+        assert_ne!(plain_file, other_file);
+        let tokens = synth::tokens(&plain, 12);
+        assert_eq!(oracle::logits(&plain_file, &tokens), oracle::logits(&other_file, &tokens), "{other:?}");
+    }
+}

@@ -1,11 +1,15 @@
 //! Makes small random Gemma 4 files, so that the engine can meet shapes and formats the golden data lacks.
 //!
 //! A [`Spec`] names every choice a real file can make; [`gguf`] turns it into the bytes of a complete file,
-//! tokenizer included, and the same spec gives the same bytes. Weights are random *blocks*, not quantised
-//! numbers: all bit patterns occur, those no quantiser writes too, and only the scales are chosen, so that
-//! activations keep a reasonable size. Norms and scales are random, of both signs and away from 1.
+//! tokenizer included. Weights are random *blocks*, not quantised numbers: all bit patterns occur, those no
+//! quantiser writes too, and only the scales are chosen, so that activations keep a reasonable size. Norms
+//! and scales are random, of both signs and away from 1.
+//!
+//! What is drawn depends on the seed and the tensor's name alone. So two specs that differ only in how the
+//! same weights are stored (fused or not, lists or numbers) describe the same model.
 
 use super::dequant::{self, Format};
+use std::ops::Range;
 
 /// The choices of the mixture-of-experts variant.
 #[derive(Clone, Debug)]
@@ -182,7 +186,7 @@ pub fn gguf(spec: &Spec) -> Vec<u8> {
     assert!(spec.vocab >= VOCAB_MIN);
     let mut file = Writer::default();
     metadata(spec, &mut file);
-    let mut weights = Weights { spec, rng: Rng(spec.seed), file };
+    let mut weights = Weights { spec, file };
     tensors(spec, &mut weights);
     weights.file.finish(spec.alignment)
 }
@@ -297,7 +301,7 @@ fn tensors(spec: &Spec, w: &mut Weights) {
     }
     let half = spec.head_dim_full / 2;
     let freqs: Vec<f32> = (0..half).map(|i| if i < half / 4 { 1.0 } else { 1e30 }).collect();
-    w.given("rope_freqs.weight", &freqs);
+    w.given("rope_freqs.weight", &[half], &freqs);
     if width > 0 {
         w.matrix("per_layer_token_embd.weight", width * layer_count, vocab);
         w.matrix("per_layer_model_proj.weight", dim, width * layer_count);
@@ -315,7 +319,9 @@ fn tensors(spec: &Spec, w: &mut Weights) {
 
         w.vector(&name("attn_norm.weight"), dim, 0.5..1.5);
         if spec.fused_qkv && has_kv {
-            w.matrix(&name("attn_qkv.weight"), dim, hd * (nh + 2 * nk));
+            let parts = [("attn_q", nh), ("attn_k", nk), ("attn_v", nk)];
+            let parts = parts.map(|(part, heads)| (name(&format!("{part}.weight")), hd * heads));
+            w.stack(&name("attn_qkv.weight"), &[dim, hd * (nh + 2 * nk)], &parts);
         } else {
             w.matrix(&name("attn_q.weight"), dim, hd * nh);
             if has_kv {
@@ -347,13 +353,18 @@ fn tensors(spec: &Spec, w: &mut Weights) {
             w.vector(&name("pre_ffw_norm_2.weight"), dim, 0.5..1.5);
             w.vector(&name("post_ffw_norm_1.weight"), dim, 0.5..1.5);
             w.vector(&name("post_ffw_norm_2.weight"), dim, 0.5..1.5);
+            let part = |tensor: &str, e: usize, rows| (name(&format!("{tensor}.weight {e}")), rows);
+            let gates: Vec<Part> = (0..count).map(|e| part("ffn_gate_exps", e, ff)).collect();
+            let ups: Vec<Part> = (0..count).map(|e| part("ffn_up_exps", e, ff)).collect();
+            let downs: Vec<Part> = (0..count).map(|e| part("ffn_down_exps", e, dim)).collect();
             if experts.fused_gate_up {
-                w.matrices(&name("ffn_gate_up_exps.weight"), dim, 2 * ff, count);
+                let both: Vec<Part> = gates.into_iter().zip(ups).flat_map(|(g, u)| [g, u]).collect();
+                w.stack(&name("ffn_gate_up_exps.weight"), &[dim, 2 * ff, count], &both);
             } else {
-                w.matrices(&name("ffn_gate_exps.weight"), dim, ff, count);
-                w.matrices(&name("ffn_up_exps.weight"), dim, ff, count);
+                w.stack(&name("ffn_gate_exps.weight"), &[dim, ff, count], &gates);
+                w.stack(&name("ffn_up_exps.weight"), &[dim, ff, count], &ups);
             }
-            w.matrices(&name("ffn_down_exps.weight"), ff, dim, count);
+            w.stack(&name("ffn_down_exps.weight"), &[ff, dim, count], &downs);
             if experts.output_scale {
                 w.vector(&name("ffn_down_exps.scale"), count, 0.3..2.0);
             }
@@ -366,49 +377,62 @@ fn tensors(spec: &Spec, w: &mut Weights) {
     }
 }
 
+/// The name under which rows are drawn, and their number.
+type Part = (String, usize);
+
 /// Draws tensors and hands them to the file.
 struct Weights<'a> {
     spec: &'a Spec,
-    rng: Rng,
     file: Writer,
 }
 
 impl Weights<'_> {
+    fn rng(&self, name: &str) -> Rng {
+        let mix = |seed: u64, byte: u8| Rng(seed ^ u64::from(byte)).next();
+        Rng(name.bytes().fold(self.spec.seed, mix))
+    }
+
     /// F32 values whose magnitude is uniform in `range`, a quarter of them negative.
-    fn vector(&mut self, name: &str, len: usize, range: std::ops::Range<f64>) {
-        let rng = &mut self.rng;
+    fn vector(&mut self, name: &str, len: usize, range: Range<f64>) {
+        let mut rng = self.rng(name);
         let mut value = || {
             let magnitude = range.start + (range.end - range.start) * rng.unit();
             let sign = if rng.below(4) == 0 { -1.0 } else { 1.0 };
             (sign * magnitude) as f32
         };
         let values: Vec<f32> = (0..len).map(|_| value()).collect();
-        self.given(name, &values);
-    }
-
-    fn given(&mut self, name: &str, values: &[f32]) {
-        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.file.tensor(name, &[values.len()], dequant::by_name("F32").id, bytes);
-    }
-
-    fn matrix(&mut self, name: &str, cols: usize, rows: usize) {
-        self.random(name, &[cols, rows], (cols as f64).powf(-0.5));
-    }
-
-    fn matrices(&mut self, name: &str, cols: usize, rows: usize, count: usize) {
-        self.random(name, &[cols, rows, count], (cols as f64).powf(-0.5));
+        self.given(name, &[len], &values);
     }
 
     /// The router stays F32 in every file. Its input has length 1, so its weights are larger.
     fn router(&mut self, name: &str, cols: usize, rows: usize) {
-        let values: Vec<u8> = (0..cols * rows).flat_map(|_| (1.5 * self.rng.normal() as f32).to_le_bytes()).collect();
-        self.file.tensor(name, &[cols, rows], dequant::by_name("F32").id, values);
+        let mut rng = self.rng(name);
+        let values: Vec<f32> = (0..cols * rows).map(|_| 1.5 * rng.normal() as f32).collect();
+        self.given(name, &[cols, rows], &values);
     }
 
-    fn random(&mut self, name: &str, ne: &[usize], rms: f64) {
-        let format = self.spec.format_of(name, ne[0]);
-        let blocks = ne.iter().product::<usize>() / format.elements;
-        let bytes = (0..blocks).flat_map(|_| random_block(&mut self.rng, format, rms)).collect();
+    fn given(&mut self, name: &str, ne: &[usize], values: &[f32]) {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.file.tensor(name, ne, dequant::by_name("F32").id, bytes);
+    }
+
+    fn matrix(&mut self, name: &str, cols: usize, rows: usize) {
+        self.stack(name, &[cols, rows], &[(name.into(), rows)]);
+    }
+
+    /// A tensor that consists of the rows of several parts.
+    fn stack(&mut self, name: &str, ne: &[usize], parts: &[Part]) {
+        let cols = ne[0];
+        assert_eq!(parts.iter().map(|(_, rows)| rows).sum::<usize>(), ne[1..].iter().product::<usize>());
+        let format = self.spec.format_of(name, cols);
+        let rms = (cols as f64).powf(-0.5);
+        let mut bytes = Vec::new();
+        for (part, rows) in parts {
+            let mut rng = self.rng(part);
+            for _ in 0..rows * cols / format.elements {
+                bytes.extend(random_block(&mut rng, format, rms));
+            }
+        }
         self.file.tensor(name, ne, format.id, bytes);
     }
 }
