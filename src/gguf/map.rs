@@ -1,0 +1,228 @@
+//! Where a file's bytes live: a memory map, the program itself, or a buffer; and the SIGBUS handler maps need.
+//!
+//! A mapped file that is truncated while in use (or sits on a failing disk) kills the process with SIGBUS on the next
+//! read. The handler turns that into one line on stderr and exit code 5. It may only call async-signal-safe
+//! functions, so every map registers its address range and its finished message in a fixed table of atomics beforehand:
+//! the handler looks up the faulting address, writes the message and leaves. A fault elsewhere is handed on.
+//!
+//! `unsafe` in `gguf` is confined to this file: `mmap` itself, and installing the handler.
+
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// The bytes of a file.
+pub(super) enum Source {
+    Mapped(Mapping),
+    Static(&'static [u8]),
+    Owned(Vec<u8>),
+}
+
+impl Source {
+    /// Maps the regular file at `path`, which must have at least `min_bytes`. Never blocks on pipes or devices.
+    pub(super) fn open(path: &Path, name: &str, min_bytes: u64) -> Result<Source> {
+        let mut options = OpenOptions::new();
+        options.read(true);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::OpenOptionsExt;
+            // Without O_NONBLOCK opening a pipe waits for a writer. O_CLOEXEC is std's default.
+            options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC);
+        }
+        let file = options.open(path).map_err(|e| Error::io(path, &e))?;
+        let meta = file.metadata().map_err(|e| Error::io(path, &e))?;
+        if meta.is_dir() {
+            return Err(Error::invalid(format!("{name}: is a directory: expected a GGUF file")));
+        }
+        if !meta.is_file() {
+            return Err(Error::invalid(format!("{name}: is a pipe or a device: expected a GGUF file")));
+        }
+        if meta.len() < min_bytes {
+            return Err(Error::invalid(format!(
+                "{name}: the file has {} bytes: expected a GGUF file of at least {min_bytes}",
+                meta.len()
+            )));
+        }
+        Mapping::new(&file, name).map(Source::Mapped).map_err(|e| Error::io(path, &e))
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Source::Mapped(mapping) => &mapping.map,
+            Source::Static(bytes) => bytes,
+            Source::Owned(bytes) => bytes,
+        }
+    }
+
+    /// Expect scattered reads in `range`.
+    pub(super) fn advise_random(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        self.advise(memmap2::Advice::Random, range);
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
+    /// Expect reads in `range` soon.
+    pub(super) fn willneed(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        self.advise(memmap2::Advice::WillNeed, range);
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
+    #[cfg(unix)]
+    fn advise(&self, advice: memmap2::Advice, range: Range<usize>) {
+        if let Source::Mapped(mapping) = self {
+            // Only a hint: a kernel that refuses it costs speed, nothing else.
+            let _ = mapping.map.advise_range(advice, range.start, range.len());
+        }
+    }
+}
+
+/// A read-only map of a whole file, known to the SIGBUS handler while it lives.
+pub(super) struct Mapping {
+    map: Mmap,
+    #[cfg(unix)]
+    slot: Option<usize>,
+}
+
+impl Mapping {
+    fn new(file: &File, name: &str) -> std::io::Result<Mapping> {
+        // SAFETY: the map is read-only and private to this value. Another process may still write to the file: the
+        // bytes may then change under a reader. All reads of it treat the bytes as plain integers, every length read
+        // from it is copied out before it is checked, and a shrinking file ends in the SIGBUS handler.
+        let map = unsafe { Mmap::map(file)? };
+        #[cfg(unix)]
+        let slot = sigbus::register(map.as_ptr().addr()..map.as_ptr().addr().saturating_add(map.len()), name);
+        #[cfg(not(unix))]
+        let _ = name;
+        Ok(Mapping {
+            map,
+            #[cfg(unix)]
+            slot,
+        })
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // Before the addresses can belong to anything else.
+        if let Some(slot) = self.slot {
+            sigbus::unregister(slot);
+        }
+    }
+}
+
+#[cfg(unix)]
+mod sigbus {
+    use std::ops::Range;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+
+    use crate::error::printable;
+
+    /// Files watched at a time. A program has one or two open; a further one would merely die of the bare signal.
+    const SLOTS: usize = 32;
+    /// Longest message: a file name of 255 bytes and the words around it.
+    const LINE: usize = 400;
+    /// Exit code of a damaged file.
+    const EXIT_INVALID: libc::c_int = 5;
+
+    /// One watched range and its message. `start` is 0 while the slot means nothing; it is published last.
+    struct Slot {
+        taken: AtomicBool,
+        start: AtomicUsize,
+        end: AtomicUsize,
+        line: [AtomicU8; LINE],
+        line_len: AtomicUsize,
+    }
+
+    static TABLE: [Slot; SLOTS] = [const {
+        Slot {
+            taken: AtomicBool::new(false),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            line: [const { AtomicU8::new(0) }; LINE],
+            line_len: AtomicUsize::new(0),
+        }
+    }; SLOTS];
+
+    /// What SIGBUS did before us; set once. Rust's own handler (stack overflow) on most systems.
+    static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+
+    /// Watches `range`; `None` when the table is full.
+    pub(super) fn register(range: Range<usize>, name: &str) -> Option<usize> {
+        install();
+        let free = |s: &Slot| s.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
+        let (index, slot) = TABLE.iter().enumerate().find(|(_, s)| free(s))?;
+        let mut line = format!("error: {}: the file was truncated or cannot be read while in use", printable(name));
+        while line.len() >= LINE {
+            line.pop();
+        }
+        line.push('\n');
+        for (to, from) in slot.line.iter().zip(line.bytes()) {
+            to.store(from, Ordering::Relaxed);
+        }
+        slot.line_len.store(line.len(), Ordering::Relaxed);
+        slot.end.store(range.end, Ordering::Relaxed);
+        slot.start.store(range.start, Ordering::Release);
+        Some(index)
+    }
+
+    /// Frees a slot that `register` returned.
+    pub(super) fn unregister(index: usize) {
+        if let Some(slot) = TABLE.get(index) {
+            slot.start.store(0, Ordering::Release);
+            slot.taken.store(false, Ordering::Release);
+        }
+    }
+
+    /// Installs the handler, the first time.
+    fn install() {
+        PREVIOUS.get_or_init(|| {
+            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_sigbus;
+            // SAFETY: a zeroed sigaction is a valid one (default action, empty mask).
+            let (mut new, mut old): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
+            new.sa_sigaction = handler as libc::sighandler_t;
+            new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // SAFETY: both point to live values; the handler has the signature SA_SIGINFO asks for.
+            unsafe { libc::sigaction(libc::SIGBUS, &new, &mut old) };
+            old
+        });
+    }
+
+    extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; si_addr is set for faults.
+        let address = unsafe { (*info).si_addr() }.addr();
+        for slot in &TABLE {
+            let start = slot.start.load(Ordering::Acquire);
+            if start == 0 || !(start..slot.end.load(Ordering::Relaxed)).contains(&address) {
+                continue;
+            }
+            let mut line = [0_u8; LINE];
+            for (to, from) in line.iter_mut().zip(&slot.line) {
+                *to = from.load(Ordering::Relaxed);
+            }
+            let len = slot.line_len.load(Ordering::Relaxed).min(LINE);
+            // SAFETY: write and _exit are async-signal-safe; `len` bytes of `line` are initialised.
+            unsafe {
+                libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), len);
+                libc::_exit(EXIT_INVALID);
+            }
+        }
+        // Not ours: put back what was there. The fault repeats on return; a signal that was sent is sent again.
+        // SAFETY: sigaction and raise are async-signal-safe; a zeroed sigaction is the default action.
+        unsafe {
+            let default: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(libc::SIGBUS, PREVIOUS.get().unwrap_or(&default), std::ptr::null_mut());
+            if (*info).si_code <= 0 {
+                libc::raise(signal);
+            }
+        }
+    }
+}
