@@ -226,3 +226,98 @@ mod sigbus {
         }
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::io::Write;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Output};
+
+    use super::*;
+
+    const CHILD: &str = "GEMRUN_TEST_SIGBUS";
+
+    /// Runs one test of this program again, in a process of its own that may die.
+    fn in_child(test: &str) -> Output {
+        let test = format!("gguf::map::tests::{test}");
+        let program = std::env::current_exe().unwrap();
+        Command::new(program).args(["--exact", &test, "--nocapture"]).env(CHILD, "1").output().unwrap()
+    }
+
+    fn is_child() -> bool {
+        std::env::var_os(CHILD).is_some()
+    }
+
+    fn file_of(bytes: usize) -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cut \u{1b}[31m.gguf");
+        File::create(&path).unwrap().write_all(&vec![1; bytes]).unwrap();
+        (dir, path)
+    }
+
+    fn sum(bytes: &[u8]) -> u64 {
+        bytes.iter().map(|&b| u64::from(std::hint::black_box(b))).sum()
+    }
+
+    #[test]
+    fn a_file_cut_while_mapped_ends_with_a_line_and_code_5() {
+        if !is_child() {
+            let output = in_child("a_file_cut_while_mapped_ends_with_a_line_and_code_5");
+            assert_eq!(output.status.code(), Some(5), "{output:?}");
+            let line = "error: cut \\u{1b}[31m.gguf: the file was truncated or cannot be read while in use\n";
+            assert_eq!(String::from_utf8(output.stderr).unwrap(), line);
+            return;
+        }
+        let (_dir, path) = file_of(100_000);
+        let (_other_dir, other) = file_of(100_000);
+        let first = Source::open(&other, "other.gguf", 1).unwrap();
+        let source = Source::open(&path, &path.file_name().unwrap().to_string_lossy(), 1).unwrap();
+        assert_eq!(sum(source.bytes()) + sum(first.bytes()), 200_000);
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(50_000).unwrap();
+        // Another thread, as in a real run.
+        let total = std::thread::spawn(move || sum(source.bytes())).join().unwrap();
+        unreachable!("read {total} beyond the end");
+    }
+
+    #[test]
+    fn a_fault_in_somebody_elses_map_is_a_plain_signal() {
+        if !is_child() {
+            let output = in_child("a_fault_in_somebody_elses_map_is_a_plain_signal");
+            assert_eq!(output.status.signal(), Some(libc::SIGBUS), "{output:?}");
+            return;
+        }
+        let (_dir, path) = file_of(100_000);
+        let ours = Source::open(&path, "ours.gguf", 1).unwrap();
+        assert_eq!(sum(ours.bytes()), 100_000);
+        drop(ours);
+        // SAFETY: the test dies of what would be wrong with it.
+        let theirs = unsafe { Mmap::map(&File::open(&path).unwrap()).unwrap() };
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+        let total = sum(&theirs);
+        unreachable!("read {total} beyond the end");
+    }
+
+    #[test]
+    fn slots_are_freed_and_a_full_table_is_no_error() {
+        let (_dir, path) = file_of(64);
+        for _ in 0..3 {
+            let many: Vec<Source> = (0..40).map(|_| Source::open(&path, "many.gguf", 1).unwrap()).collect();
+            assert!(many.iter().all(|s| s.bytes().len() == 64));
+        }
+    }
+
+    #[test]
+    fn only_regular_files_of_some_size_are_opened() {
+        let (dir, path) = file_of(10);
+        let error = |path: &Path| Source::open(path, "f", 24).err().map(|e| (e.exit_code(), e.to_string()));
+        assert_eq!(error(&path), Some((5, "f: the file has 10 bytes: expected a GGUF file of at least 24".into())));
+        assert_eq!(error(dir.path()), Some((5, "f: is a directory: expected a GGUF file".into())));
+        assert_eq!(error(Path::new("/dev/zero")), Some((5, "f: is a pipe or a device: expected a GGUF file".into())));
+        let missing = dir.path().join("missing");
+        assert_eq!(error(&missing).unwrap().0, 3);
+        let pipe = dir.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert_eq!(error(&pipe), Some((5, "f: is a pipe or a device: expected a GGUF file".into())));
+    }
+}

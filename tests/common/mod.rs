@@ -5,6 +5,7 @@
 
 pub mod golden;
 pub mod npy;
+pub mod raw_gguf;
 
 /// The largest absolute difference of two equally long sequences; NaN counts as infinite.
 pub fn max_abs_difference(
