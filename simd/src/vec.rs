@@ -1,0 +1,567 @@
+//! Vector arithmetic on f32: dots, norms, softmax, activation functions, rotation, int8 rounding.
+//!
+//! The one idea: each function has one body, in safe Rust with explicit `mul_add`, that [`instance!`]
+//! compiles once per ISA. LLVM neither reassociates nor contracts floating point, so every instance
+//! computes the same bits; only the width of the instructions differs. Sums run over [`LANES`] strided
+//! lanes (element i goes to lane i % 32, the tail included), which are added in one fixed tree.
+//!
+//! `exp` and `tanh` are our own: nothing here calls a mathematical library, whose bits vary.
+//! A NaN goes in and comes out as *a* NaN; its payload is not part of the contract.
+
+use crate::Isa;
+use crate::half::{bf16_to_f32, f16_to_f32, f32_to_f16};
+
+/// Lanes of every f32 sum.
+pub const LANES: usize = 32;
+
+/// e^x, relative error below 3e-7; 0 below −87.33 (where f32 would become subnormal), infinite above 88.72.
+///
+/// x = n·ln 2 + r with n an integer and |r| ≤ ln 2 / 2 (Cody and Waite: ln 2 in two parts, so that n·hi
+/// is exact), then the Taylor polynomial of degree 7, whose remainder is r^8/8! < 6e-9.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOWEST: f32 = -87.33;
+    const HIGHEST: f32 = 88.73;
+    const LN2_HI: f32 = 0.693_359_4; // 355/512
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    // 1.5·2^23: adding it leaves the nearest integer in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    // Written so that NaN passes both comparisons and reaches the result through r.
+    let low = if x < LOWEST { LOWEST } else { x };
+    let c = if low > HIGHEST { HIGHEST } else { low };
+    let rounded = c.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, c));
+    let mut p = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = r.mul_add(p, c);
+    }
+    // 2^n in two factors, because n may be 128.
+    let n = (rounded.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let y = p * power(half) * power(n.wrapping_sub(half));
+    if x < LOWEST { 0.0 } else { y }
+}
+
+/// tanh x, absolute error below 2e-7 (relative below 5e-7, also near 0).
+///
+/// (1 − e)/(1 + e) with e = exp(−2|x|); below 0.25, where that would cancel, the Taylor polynomial of
+/// degree 9.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let a = x.abs();
+    let e = exp(-2.0 * a);
+    let large = (1.0 - e) / (1.0 + e);
+    let t = a * a;
+    let mut p = 62.0 / 2835.0;
+    for c in [-17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0] {
+        p = t.mul_add(p, c);
+    }
+    let small = (a * t).mul_add(p, a);
+    (if a < 0.25 { small } else { large }).copysign(x)
+}
+
+/// How an instance converts halves: in software, or with the CPU's instructions (same bits).
+pub(crate) trait Half {
+    fn load(h: &[u16; 8]) -> [f32; 8];
+    fn store(x: &[f32; 8]) -> [u16; 8];
+}
+
+struct Software;
+impl Half for Software {
+    #[inline(always)]
+    fn load(h: &[u16; 8]) -> [f32; 8] {
+        h.map(f16_to_f32)
+    }
+    #[inline(always)]
+    fn store(x: &[f32; 8]) -> [u16; 8] {
+        x.map(f32_to_f16)
+    }
+}
+
+/// The bodies. `H` is the instance's [`Half`]; functions that convert nothing ignore it.
+mod body {
+    #![forbid(unsafe_code)]
+    use super::*;
+
+    #[inline(always)]
+    fn tree(mut lanes: [f32; LANES]) -> f32 {
+        let mut n = LANES / 2;
+        while n > 0 {
+            for l in 0..n {
+                lanes[l] += lanes[l + n];
+            }
+            n /= 2;
+        }
+        lanes[0]
+    }
+
+    #[inline(always)]
+    fn widen<H: Half>(h: &[u16; LANES]) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        for (o, h) in out.as_chunks_mut().0.iter_mut().zip(h.as_chunks().0) {
+            *o = H::load(h);
+        }
+        out
+    }
+
+    #[inline(always)]
+    pub fn dot<H: Half>(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0.0; LANES];
+        assert_eq!(a.len(), b.len());
+        let (a, a_tail) = a.as_chunks::<LANES>();
+        let (b, b_tail) = b.as_chunks::<LANES>();
+        for (a, b) in a.iter().zip(b) {
+            for l in 0..LANES {
+                lanes[l] = a[l].mul_add(b[l], lanes[l]);
+            }
+        }
+        for (l, (a, b)) in a_tail.iter().zip(b_tail).enumerate() {
+            lanes[l] = a.mul_add(*b, lanes[l]);
+        }
+        tree(lanes)
+    }
+
+    #[inline(always)]
+    pub fn dot_f16<H: Half>(q: &[f32], k: &[u16]) -> f32 {
+        let mut lanes = [0.0; LANES];
+        assert_eq!(q.len(), k.len());
+        let (q, q_tail) = q.as_chunks::<LANES>();
+        let (k, k_tail) = k.as_chunks::<LANES>();
+        for (q, k) in q.iter().zip(k) {
+            let k = widen::<H>(k);
+            for l in 0..LANES {
+                lanes[l] = q[l].mul_add(k[l], lanes[l]);
+            }
+        }
+        for (l, (q, k)) in q_tail.iter().zip(k_tail).enumerate() {
+            lanes[l] = q.mul_add(f16_to_f32(*k), lanes[l]);
+        }
+        tree(lanes)
+    }
+
+    #[inline(always)]
+    pub fn sum_squares<H: Half>(x: &[f32]) -> f32 {
+        dot::<H>(x, x)
+    }
+
+    /// 1/√(mean square + eps).
+    #[inline(always)]
+    fn inverse_rms<H: Half>(x: &[f32], eps: f32) -> f32 {
+        1.0 / (sum_squares::<H>(x) / x.len() as f32 + eps).sqrt()
+    }
+
+    #[inline(always)]
+    pub fn rms_norm<H: Half>(out: &mut [f32], x: &[f32], weight: Option<&[f32]>, eps: f32) {
+        assert_eq!(out.len(), x.len());
+        let r = inverse_rms::<H>(x, eps);
+        match weight {
+            Some(weight) => {
+                assert_eq!(weight.len(), x.len());
+                for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+                    *o = (x * r) * w;
+                }
+            }
+            None => {
+                for (o, x) in out.iter_mut().zip(x) {
+                    *o = x * r;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub fn rms_norm_in_place<H: Half>(x: &mut [f32], weight: Option<&[f32]>, eps: f32) {
+        let r = inverse_rms::<H>(x, eps);
+        match weight {
+            Some(weight) => {
+                assert_eq!(weight.len(), x.len());
+                for (x, w) in x.iter_mut().zip(weight) {
+                    *x = (*x * r) * w;
+                }
+            }
+            None => scale::<H>(x, r),
+        }
+    }
+
+    #[inline(always)]
+    pub fn add<H: Half>(out: &mut [f32], x: &[f32]) {
+        assert_eq!(out.len(), x.len());
+        for (o, x) in out.iter_mut().zip(x) {
+            *o += x;
+        }
+    }
+
+    #[inline(always)]
+    pub fn scale<H: Half>(x: &mut [f32], f: f32) {
+        for x in x {
+            *x *= f;
+        }
+    }
+
+    #[inline(always)]
+    pub fn axpy<H: Half>(out: &mut [f32], w: f32, v: &[f32]) {
+        assert_eq!(out.len(), v.len());
+        for (o, v) in out.iter_mut().zip(v) {
+            *o = w.mul_add(*v, *o);
+        }
+    }
+
+    #[inline(always)]
+    pub fn axpy_f16<H: Half>(out: &mut [f32], w: f32, v: &[u16]) {
+        assert_eq!(out.len(), v.len());
+        let (out, out_tail) = out.as_chunks_mut::<8>();
+        let (v, v_tail) = v.as_chunks();
+        for (o, v) in out.iter_mut().zip(v) {
+            let v = H::load(v);
+            for l in 0..8 {
+                o[l] = w.mul_add(v[l], o[l]);
+            }
+        }
+        for (o, v) in out_tail.iter_mut().zip(v_tail) {
+            *o = w.mul_add(f16_to_f32(*v), *o);
+        }
+    }
+
+    #[inline(always)]
+    pub fn max<H: Half>(x: &[f32]) -> f32 {
+        // NaN fails every comparison and is passed over.
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for x in chunks {
+            for l in 0..LANES {
+                lanes[l] = larger(lanes[l], x[l]);
+            }
+        }
+        for (l, x) in tail.iter().enumerate() {
+            lanes[l] = larger(lanes[l], *x);
+        }
+        lanes.into_iter().fold(f32::NEG_INFINITY, larger)
+    }
+
+    #[inline(always)]
+    pub fn softmax<H: Half>(x: &mut [f32]) {
+        let top = max::<H>(x);
+        let mut lanes = [0.0; LANES];
+        let (chunks, tail) = x.as_chunks_mut::<LANES>();
+        for x in chunks {
+            for l in 0..LANES {
+                x[l] = exp(x[l] - top);
+                lanes[l] += x[l];
+            }
+        }
+        for (l, x) in tail.iter_mut().enumerate() {
+            *x = exp(*x - top);
+            lanes[l] += *x;
+        }
+        scale::<H>(x, 1.0 / tree(lanes));
+    }
+
+    #[inline(always)]
+    pub fn gelu_mul<H: Half>(gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len());
+        const ROOT_2_OVER_PI: f32 = 0.797_884_6;
+        for (g, u) in gate.iter_mut().zip(up) {
+            let x = *g;
+            let inner = (ROOT_2_OVER_PI * x) * (0.044715 * x).mul_add(x, 1.0);
+            *g = ((0.5 * x) * (1.0 + tanh(inner))) * u;
+        }
+    }
+
+    #[inline(always)]
+    pub fn softcap<H: Half>(x: &mut [f32], cap: f32) {
+        for x in x {
+            *x = cap * tanh(*x / cap);
+        }
+    }
+
+    #[inline(always)]
+    pub fn rope<H: Half>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert!(x.len() == 2 * cos.len() && cos.len() == sin.len());
+        let (low, high) = x.split_at_mut(cos.len());
+        for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            let (x, y) = (*a, *b);
+            *a = x.mul_add(*c, -(y * s));
+            *b = y.mul_add(*c, x * s);
+        }
+    }
+
+    #[inline(always)]
+    pub fn store_f16<H: Half>(out: &mut [u16], x: &[f32]) {
+        assert_eq!(out.len(), x.len());
+        let (out, out_tail) = out.as_chunks_mut::<8>();
+        let (x, x_tail) = x.as_chunks();
+        for (o, x) in out.iter_mut().zip(x) {
+            *o = H::store(x);
+        }
+        for (o, x) in out_tail.iter_mut().zip(x_tail) {
+            *o = f32_to_f16(*x);
+        }
+    }
+
+    #[inline(always)]
+    pub fn load_f16<H: Half>(out: &mut [f32], h: &[u16]) {
+        assert_eq!(out.len(), h.len());
+        let (out, out_tail) = out.as_chunks_mut::<8>();
+        let (h, h_tail) = h.as_chunks();
+        for (o, h) in out.iter_mut().zip(h) {
+            *o = H::load(h);
+        }
+        for (o, h) in out_tail.iter_mut().zip(h_tail) {
+            *o = f16_to_f32(*h);
+        }
+    }
+
+    /// Dot product of little-endian weights, `N` bytes each, with f32.
+    #[inline(always)]
+    fn dot_bytes<const N: usize>(w: &[u8], x: &[f32], value: impl Fn([u8; N]) -> f32) -> f32 {
+        let (w, rest) = w.as_chunks::<N>();
+        assert!(rest.is_empty() && w.len() == x.len());
+        let mut lanes = [0.0; LANES];
+        let (w, w_tail) = w.as_chunks::<LANES>();
+        let (x, x_tail) = x.as_chunks::<LANES>();
+        for (w, x) in w.iter().zip(x) {
+            for l in 0..LANES {
+                lanes[l] = value(w[l]).mul_add(x[l], lanes[l]);
+            }
+        }
+        for (l, (w, x)) in w_tail.iter().zip(x_tail).enumerate() {
+            lanes[l] = value(*w).mul_add(*x, lanes[l]);
+        }
+        tree(lanes)
+    }
+
+    #[inline(always)]
+    pub fn dot_f32_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
+        dot_bytes(w, x, f32::from_le_bytes)
+    }
+
+    #[inline(always)]
+    pub fn dot_f16_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
+        let (w, rest) = w.as_chunks::<2>();
+        assert!(rest.is_empty() && w.len() == x.len());
+        let mut lanes = [0.0; LANES];
+        let (w, w_tail) = w.as_chunks::<LANES>();
+        let (x, x_tail) = x.as_chunks::<LANES>();
+        for (w, x) in w.iter().zip(x) {
+            let w = widen::<H>(&w.map(u16::from_le_bytes));
+            for l in 0..LANES {
+                lanes[l] = w[l].mul_add(x[l], lanes[l]);
+            }
+        }
+        for (l, (w, x)) in w_tail.iter().zip(x_tail).enumerate() {
+            lanes[l] = f16_to_f32(u16::from_le_bytes(*w)).mul_add(*x, lanes[l]);
+        }
+        tree(lanes)
+    }
+
+    #[inline(always)]
+    pub fn dot_bf16_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
+        dot_bytes(w, x, |b| bf16_to_f32(u16::from_le_bytes(b)))
+    }
+
+    #[inline(always)]
+    pub fn quantize<H: Half>(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]) {
+        let (x, rest) = x.as_chunks::<32>();
+        let (q, q_rest) = q.as_chunks_mut::<32>();
+        let (sums, sums_rest) = sums.as_chunks_mut::<2>();
+        assert!(rest.is_empty() && q_rest.is_empty() && sums_rest.is_empty());
+        assert!(x.len() == q.len() && x.len() == scale.len() && x.len() == sums.len());
+        for (((x, q), scale), sums) in x.iter().zip(q).zip(scale).zip(sums) {
+            // As bits, so that infinity and NaN win over every number.
+            let mut top = 0;
+            for x in x {
+                top = top.max(x.to_bits() & 0x7fff_ffff);
+            }
+            let amax = f32::from_bits(top);
+            let inverse = if amax < TINY { 0.0 } else { 127.0 / amax };
+            *scale = if amax < TINY { 0.0 } else { amax / 127.0 };
+            const ROUND: f32 = 12_582_912.0; // 1.5·2^23, see `exp`
+            for l in 0..32 {
+                let v = x[l] * inverse;
+                let nearest = (v + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                let number = if v.is_nan() { 0 } else { nearest };
+                q[l] = number.clamp(-127, 127) as i8;
+            }
+            for (sum, q) in sums.iter_mut().zip(q.as_chunks::<16>().0) {
+                let mut s = 0;
+                for q in q {
+                    s += *q as i16;
+                }
+                *sum = s;
+            }
+        }
+    }
+
+    /// Below this, 127/amax could overflow; such a group counts as zero.
+    const TINY: f32 = 1e-30;
+}
+
+/// Passes the signature of every function to a macro, after what is to stand before them.
+macro_rules! functions {
+    ($then:ident! $($first:tt)*) => {
+        $then! { $($first)*
+            /// Σ a·b. In every dot product and sum, element i goes to lane i % 32.
+            fn dot(a: &[f32], b: &[f32]) -> f32;
+            /// Σ q·k with `k` as bits of IEEE halves.
+            fn dot_f16(q: &[f32], k: &[u16]) -> f32;
+            /// Σ w·x with `w` as little-endian f32, unaligned.
+            fn dot_f32_bytes(w: &[u8], x: &[f32]) -> f32;
+            /// Σ w·x with `w` as little-endian halves, unaligned.
+            fn dot_f16_bytes(w: &[u8], x: &[f32]) -> f32;
+            /// Σ w·x with `w` as little-endian bfloat16, unaligned.
+            fn dot_bf16_bytes(w: &[u8], x: &[f32]) -> f32;
+            /// Σ x².
+            fn sum_squares(x: &[f32]) -> f32;
+            /// out = (x·r)·weight with r = 1/√(mean x² + eps); without a weight, x·r.
+            fn rms_norm(out: &mut [f32], x: &[f32], weight: Option<&[f32]>, eps: f32);
+            /// `rms_norm` with x as its own output.
+            fn rms_norm_in_place(x: &mut [f32], weight: Option<&[f32]>, eps: f32);
+            /// out += x.
+            fn add(out: &mut [f32], x: &[f32]);
+            /// x *= f.
+            fn scale(x: &mut [f32], f: f32);
+            /// out = fma(w, v, out).
+            fn axpy(out: &mut [f32], w: f32, v: &[f32]);
+            /// out = fma(w, v, out) with `v` as bits of IEEE halves.
+            fn axpy_f16(out: &mut [f32], w: f32, v: &[u16]);
+            /// The largest element; NaN is passed over; −∞ if there is none.
+            fn max(x: &[f32]) -> f32;
+            /// x = exp(x − max x) / Σ exp(x − max x). A NaN makes all of them NaN.
+            fn softmax(x: &mut [f32]);
+            /// gate = gelu(gate)·up, gelu(x) = 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))).
+            fn gelu_mul(gate: &mut [f32], up: &[f32]);
+            /// x = cap·tanh(x/cap).
+            fn softcap(x: &mut [f32], cap: f32);
+            /// Rotates the pairs (x[i], x[i + n/2]) of one head by the angles whose cosines and sines are given:
+            /// (a, b) becomes (fma(a, cos, −(b·sin)), fma(b, cos, a·sin)).
+            fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
+            /// Rounds to the nearest half, ties to even; beyond ±65504 saturates; keeps NaN.
+            fn store_f16(out: &mut [u16], x: &[f32]);
+            /// The values of halves given as bits.
+            fn load_f16(out: &mut [f32], h: &[u16]);
+            /// int8 activations, see [`crate::acts`]: `q` as long as `x`, one `scale` for 32, one sum for 16.
+            fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]);
+        }
+    };
+}
+
+/// Declares [`Ops`].
+macro_rules! table {
+    ($($(#[doc = $doc:literal])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
+        /// The functions of this module, compiled for one ISA. Get one with [`ops`].
+        ///
+        /// Functions that write take their output first. All panic if lengths do not match.
+        pub struct Ops {
+            /// The ISA these instances were compiled for.
+            pub isa: Isa,
+            $($(#[doc = $doc])* pub $name: fn($($ty),*) $(-> $ret)?,)*
+        }
+
+        impl Ops {
+            $(
+                $(#[doc = $doc])*
+                #[inline]
+                pub fn $name(&self, $($arg: $ty),*) $(-> $ret)? {
+                    (self.$name)($($arg),*)
+                }
+            )*
+        }
+    };
+}
+
+/// Compiles every body for one ISA: module name, ISA, how it converts halves, its target features (or any
+/// attribute, where it needs none).
+macro_rules! instance {
+    (
+        $module:ident $isa:ident $half:ty, #[$features:meta]
+        $($(#[doc = $doc:literal])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*
+    ) => {
+        mod $module {
+            use super::*;
+            pub static OPS: Ops = Ops { isa: Isa::$isa, $($name),* };
+            $(fn $name($($arg: $ty),*) $(-> $ret)? {
+                #[$features]
+                fn instance($($arg: $ty),*) $(-> $ret)? {
+                    body::$name::<$half>($($arg),*)
+                }
+                #[allow(unused_unsafe)] // safe where the instance needs no features
+                // SAFETY: `OPS` is reachable only through `ops`, which asserts that the CPU has the ISA.
+                unsafe { instance($($arg),*) }
+            })*
+        }
+    };
+}
+
+functions!(table!);
+functions!(instance! scalar Scalar Software, #[inline]);
+#[cfg(target_arch = "x86_64")]
+functions!(instance! avx2 Avx2 crate::avx2::F16c, #[target_feature(enable = "avx2,fma,f16c")]);
+
+/// The instance for `isa`.
+///
+/// # Panics
+/// If this CPU lacks the ISA.
+pub fn ops(isa: Isa) -> &'static Ops {
+    assert!(isa.supported(), "this CPU has no {}", isa.name());
+    match isa {
+        Isa::Scalar => &scalar::OPS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &avx2::OPS,
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 => unreachable!("not supported on this architecture"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every 97th f32 of an interval of bit patterns, both signs.
+    fn sweep(low: f32, high: f32) -> impl Iterator<Item = f32> {
+        (low.to_bits()..high.to_bits()).step_by(97).map(f32::from_bits).flat_map(|x| [x, -x])
+    }
+
+    #[test]
+    fn exp_is_within_3e_7() {
+        let mut worst = 0f64;
+        for x in sweep(1e-9, 88.72).filter(|x| *x >= -87.33) {
+            let want = (x as f64).exp();
+            worst = worst.max((exp(x) as f64 / want - 1.0).abs());
+        }
+        assert!(worst < 3e-7, "{worst}");
+    }
+
+    #[test]
+    fn exp_at_its_limits() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-0.0), 1.0);
+        assert_eq!(exp(f32::MIN_POSITIVE), 1.0);
+        assert!(exp(-87.33) >= f32::MIN_POSITIVE);
+        for x in [-87.34, -100.0, -1e30, f32::NEG_INFINITY] {
+            assert_eq!(exp(x).to_bits(), 0, "{x}");
+        }
+        assert!(exp(88.72).is_finite());
+        for x in [88.73, 89.0, 1e30, f32::INFINITY] {
+            assert_eq!(exp(x), f32::INFINITY, "{x}");
+        }
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn tanh_is_within_2e_7_and_5e_7_of_the_value() {
+        let (mut absolute, mut relative) = (0f64, 0f64);
+        for x in sweep(1e-9, 20.0) {
+            let want = (x as f64).tanh();
+            absolute = absolute.max((tanh(x) as f64 - want).abs());
+            relative = relative.max((tanh(x) as f64 / want - 1.0).abs());
+        }
+        assert!(absolute < 2e-7 && relative < 5e-7, "{absolute} {relative}");
+        for (x, want) in [(0.0, 0.0), (-0.0, -0.0), (1e30, 1.0), (f32::NEG_INFINITY, -1.0)] {
+            assert_eq!(tanh(x).to_bits(), f32::to_bits(want), "{x}");
+        }
+        assert!(tanh(f32::NAN).is_nan());
+    }
+}
