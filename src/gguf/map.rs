@@ -228,6 +228,7 @@ mod sigbus {
 }
 
 #[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used, clippy::arithmetic_side_effects)]
 mod tests {
     use std::fs::{File, OpenOptions};
     use std::io::Write;
