@@ -2,5 +2,6 @@
 
 pub mod error;
 pub mod gguf;
+pub mod sample;
 
 pub use error::{Error, Kind, Result};
