@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod gguf;
+pub mod registry;
 pub mod sample;
 
 pub use error::{Error, Kind, Result};
