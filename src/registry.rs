@@ -78,7 +78,8 @@ impl Registry {
     /// so is an unknown name, with the names there are.
     pub fn find(&self, model: &str, store: Option<&Path>) -> Result<Source> {
         if let Some(rest) = model.strip_prefix("hf:") {
-            let error = format!("{model}: downloads are not supported: get {rest} yourself and give the path of the file");
+            let error =
+                format!("{model}: downloads are not supported: get {rest} yourself and give the path of the file");
             return Err(Error::unsupported(error));
         }
         let is_gguf = Path::new(model).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
@@ -159,7 +160,8 @@ mod tests {
     fn the_built_in_table_is_sound() {
         for (name, entry) in registry().models() {
             assert!(entry.embedded || (entry.file.is_some() && entry.repo.is_some()), "{name}");
-            let hex = |text: &String, len: usize| text.len() == len && text.bytes().all(|b| b"0123456789abcdef".contains(&b));
+            let hex =
+                |text: &String, len: usize| text.len() == len && text.bytes().all(|b| b"0123456789abcdef".contains(&b));
             assert!(entry.sha256.as_ref().is_none_or(|hash| hex(hash, 64)), "{name}: sha256");
             assert!(entry.revision.as_ref().is_none_or(|commit| hex(commit, 40)), "{name}: revision");
             assert!(entry.file.as_ref().is_none_or(|file| !file.contains(['/', '\\'])), "{name}: file");
@@ -207,7 +209,8 @@ mod tests {
 
     #[test]
     fn edit_distance() {
-        for (a, b, d) in [("", "", 0), ("", "ab", 2), ("e2b", "e4b", 1), ("dmeo", "demo", 2), ("kitten", "sitting", 3)] {
+        for (a, b, d) in [("", "", 0), ("", "ab", 2), ("e2b", "e4b", 1), ("dmeo", "demo", 2), ("kitten", "sitting", 3)]
+        {
             assert_eq!((distance(a, b), distance(b, a)), (d, d), "{a} {b}");
         }
     }

@@ -338,7 +338,8 @@ mod tests {
 
     #[test]
     fn masked_tokens_are_never_drawn() {
-        let mut sampler = Sampler::new(Sampling { top_k: 0, top_p: 1.0, ..Sampling::default() }, [1, 1, 70_000]).unwrap();
+        let mut sampler =
+            Sampler::new(Sampling { top_k: 0, top_p: 1.0, ..Sampling::default() }, [1, 1, 70_000]).unwrap();
         for position in 0..1000 {
             assert_ne!(sampler.sample(&[0.0, 9.0, 0.0], &[], position).unwrap(), 1);
         }
