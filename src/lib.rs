@@ -4,5 +4,6 @@ pub mod error;
 pub mod gguf;
 pub mod registry;
 pub mod sample;
+pub mod tokenizer;
 
 pub use error::{Error, Kind, Result};
