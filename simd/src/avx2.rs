@@ -2,10 +2,12 @@
 
 use std::arch::x86_64::*;
 
-/// Converts halves with the CPU's own instructions.
-pub(crate) struct F16c;
+use crate::vec::LANES;
 
-impl crate::vec::Half for F16c {
+/// The instructions `vec.rs` asks for by name.
+pub(crate) struct Avx2;
+
+impl crate::vec::Native for Avx2 {
     #[inline(always)]
     fn load(h: &[u16; 8]) -> [f32; 8] {
         #[inline]
@@ -38,5 +40,21 @@ impl crate::vec::Half for F16c {
         }
         // SAFETY: only AVX2 instances use this type.
         unsafe { convert(x) }
+    }
+
+    #[inline(always)]
+    fn tree(lanes: [f32; LANES]) -> f32 {
+        #[inline]
+        #[target_feature(enable = "avx")]
+        fn sum(lanes: [f32; LANES]) -> f32 {
+            // SAFETY: four loads of 8 cover the 32 lanes.
+            let [a, b, c, d] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(lanes[8 * i..].as_ptr()) });
+            let v = _mm256_add_ps(_mm256_add_ps(a, c), _mm256_add_ps(b, d));
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+        // SAFETY: only AVX2 instances use this type.
+        unsafe { sum(lanes) }
     }
 }

@@ -62,14 +62,17 @@ pub fn tanh(x: f32) -> f32 {
     (if a < 0.25 { small } else { large }).copysign(x)
 }
 
-/// How an instance converts halves: in software, or with the CPU's instructions (same bits).
-pub(crate) trait Half {
+/// What an instance does with the CPU's own instructions where the compiler would not find them: halves,
+/// and the sum of the lanes. Same bits on every ISA.
+pub(crate) trait Native {
     fn load(h: &[u16; 8]) -> [f32; 8];
     fn store(x: &[f32; 8]) -> [u16; 8];
+    /// Adds lane l + 16 to lane l, then l + 8, l + 4, l + 2, l + 1.
+    fn tree(lanes: [f32; LANES]) -> f32;
 }
 
 struct Software;
-impl Half for Software {
+impl Native for Software {
     #[inline(always)]
     fn load(h: &[u16; 8]) -> [f32; 8] {
         h.map(f16_to_f32)
@@ -78,13 +81,6 @@ impl Half for Software {
     fn store(x: &[f32; 8]) -> [u16; 8] {
         x.map(f32_to_f16)
     }
-}
-
-/// The bodies. `H` is the instance's [`Half`]; functions that convert nothing ignore it.
-mod body {
-    #![forbid(unsafe_code)]
-    use super::*;
-
     #[inline(always)]
     fn tree(mut lanes: [f32; LANES]) -> f32 {
         let mut n = LANES / 2;
@@ -96,9 +92,15 @@ mod body {
         }
         lanes[0]
     }
+}
+
+/// The bodies. `H` is the instance's [`Native`]; functions that need nothing of it ignore it.
+mod body {
+    #![forbid(unsafe_code)]
+    use super::*;
 
     #[inline(always)]
-    fn widen<H: Half>(h: &[u16; LANES]) -> [f32; LANES] {
+    fn widen<H: Native>(h: &[u16; LANES]) -> [f32; LANES] {
         let mut out = [0.0; LANES];
         for (o, h) in out.as_chunks_mut().0.iter_mut().zip(h.as_chunks().0) {
             *o = H::load(h);
@@ -107,7 +109,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn dot<H: Half>(a: &[f32], b: &[f32]) -> f32 {
+    pub fn dot<H: Native>(a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0.0; LANES];
         assert_eq!(a.len(), b.len());
         let (a, a_tail) = a.as_chunks::<LANES>();
@@ -120,11 +122,11 @@ mod body {
         for (l, (a, b)) in a_tail.iter().zip(b_tail).enumerate() {
             lanes[l] = a.mul_add(*b, lanes[l]);
         }
-        tree(lanes)
+        H::tree(lanes)
     }
 
     #[inline(always)]
-    pub fn dot_f16<H: Half>(q: &[f32], k: &[u16]) -> f32 {
+    pub fn dot_f16<H: Native>(q: &[f32], k: &[u16]) -> f32 {
         let mut lanes = [0.0; LANES];
         assert_eq!(q.len(), k.len());
         let (q, q_tail) = q.as_chunks::<LANES>();
@@ -138,22 +140,22 @@ mod body {
         for (l, (q, k)) in q_tail.iter().zip(k_tail).enumerate() {
             lanes[l] = q.mul_add(f16_to_f32(*k), lanes[l]);
         }
-        tree(lanes)
+        H::tree(lanes)
     }
 
     #[inline(always)]
-    pub fn sum_squares<H: Half>(x: &[f32]) -> f32 {
+    pub fn sum_squares<H: Native>(x: &[f32]) -> f32 {
         dot::<H>(x, x)
     }
 
     /// 1/√(mean square + eps).
     #[inline(always)]
-    fn inverse_rms<H: Half>(x: &[f32], eps: f32) -> f32 {
+    fn inverse_rms<H: Native>(x: &[f32], eps: f32) -> f32 {
         1.0 / (sum_squares::<H>(x) / x.len() as f32 + eps).sqrt()
     }
 
     #[inline(always)]
-    pub fn rms_norm<H: Half>(out: &mut [f32], x: &[f32], weight: Option<&[f32]>, eps: f32) {
+    pub fn rms_norm<H: Native>(out: &mut [f32], x: &[f32], weight: Option<&[f32]>, eps: f32) {
         assert_eq!(out.len(), x.len());
         let r = inverse_rms::<H>(x, eps);
         match weight {
@@ -172,7 +174,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn rms_norm_in_place<H: Half>(x: &mut [f32], weight: Option<&[f32]>, eps: f32) {
+    pub fn rms_norm_in_place<H: Native>(x: &mut [f32], weight: Option<&[f32]>, eps: f32) {
         let r = inverse_rms::<H>(x, eps);
         match weight {
             Some(weight) => {
@@ -186,7 +188,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn add<H: Half>(out: &mut [f32], x: &[f32]) {
+    pub fn add<H: Native>(out: &mut [f32], x: &[f32]) {
         assert_eq!(out.len(), x.len());
         for (o, x) in out.iter_mut().zip(x) {
             *o += x;
@@ -194,14 +196,14 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn scale<H: Half>(x: &mut [f32], f: f32) {
+    pub fn scale<H: Native>(x: &mut [f32], f: f32) {
         for x in x {
             *x *= f;
         }
     }
 
     #[inline(always)]
-    pub fn axpy<H: Half>(out: &mut [f32], w: f32, v: &[f32]) {
+    pub fn axpy<H: Native>(out: &mut [f32], w: f32, v: &[f32]) {
         assert_eq!(out.len(), v.len());
         for (o, v) in out.iter_mut().zip(v) {
             *o = w.mul_add(*v, *o);
@@ -209,7 +211,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn axpy_f16<H: Half>(out: &mut [f32], w: f32, v: &[u16]) {
+    pub fn axpy_f16<H: Native>(out: &mut [f32], w: f32, v: &[u16]) {
         assert_eq!(out.len(), v.len());
         let (out, out_tail) = out.as_chunks_mut::<8>();
         let (v, v_tail) = v.as_chunks();
@@ -225,7 +227,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn max<H: Half>(x: &[f32]) -> f32 {
+    pub fn max<H: Native>(x: &[f32]) -> f32 {
         // NaN fails every comparison and is passed over.
         let larger = |a: f32, b: f32| if b > a { b } else { a };
         let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -242,7 +244,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn softmax<H: Half>(x: &mut [f32]) {
+    pub fn softmax<H: Native>(x: &mut [f32]) {
         let top = max::<H>(x);
         let mut lanes = [0.0; LANES];
         let (chunks, tail) = x.as_chunks_mut::<LANES>();
@@ -256,11 +258,11 @@ mod body {
             *x = exp(*x - top);
             lanes[l] += *x;
         }
-        scale::<H>(x, 1.0 / tree(lanes));
+        scale::<H>(x, 1.0 / H::tree(lanes));
     }
 
     #[inline(always)]
-    pub fn gelu_mul<H: Half>(gate: &mut [f32], up: &[f32]) {
+    pub fn gelu_mul<H: Native>(gate: &mut [f32], up: &[f32]) {
         assert_eq!(gate.len(), up.len());
         const ROOT_2_OVER_PI: f32 = 0.797_884_6;
         for (g, u) in gate.iter_mut().zip(up) {
@@ -271,14 +273,14 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn softcap<H: Half>(x: &mut [f32], cap: f32) {
+    pub fn softcap<H: Native>(x: &mut [f32], cap: f32) {
         for x in x {
             *x = cap * tanh(*x / cap);
         }
     }
 
     #[inline(always)]
-    pub fn rope<H: Half>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    pub fn rope<H: Native>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
         assert!(x.len() == 2 * cos.len() && cos.len() == sin.len());
         let (low, high) = x.split_at_mut(cos.len());
         for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
@@ -289,7 +291,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn store_f16<H: Half>(out: &mut [u16], x: &[f32]) {
+    pub fn store_f16<H: Native>(out: &mut [u16], x: &[f32]) {
         assert_eq!(out.len(), x.len());
         let (out, out_tail) = out.as_chunks_mut::<8>();
         let (x, x_tail) = x.as_chunks();
@@ -302,7 +304,7 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn load_f16<H: Half>(out: &mut [f32], h: &[u16]) {
+    pub fn load_f16<H: Native>(out: &mut [f32], h: &[u16]) {
         assert_eq!(out.len(), h.len());
         let (out, out_tail) = out.as_chunks_mut::<8>();
         let (h, h_tail) = h.as_chunks();
@@ -316,7 +318,7 @@ mod body {
 
     /// Dot product of little-endian weights, `N` bytes each, with f32.
     #[inline(always)]
-    fn dot_bytes<const N: usize>(w: &[u8], x: &[f32], value: impl Fn([u8; N]) -> f32) -> f32 {
+    fn dot_bytes<H: Native, const N: usize>(w: &[u8], x: &[f32], value: impl Fn([u8; N]) -> f32) -> f32 {
         let (w, rest) = w.as_chunks::<N>();
         assert!(rest.is_empty() && w.len() == x.len());
         let mut lanes = [0.0; LANES];
@@ -330,16 +332,16 @@ mod body {
         for (l, (w, x)) in w_tail.iter().zip(x_tail).enumerate() {
             lanes[l] = value(*w).mul_add(*x, lanes[l]);
         }
-        tree(lanes)
+        H::tree(lanes)
     }
 
     #[inline(always)]
-    pub fn dot_f32_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
-        dot_bytes(w, x, f32::from_le_bytes)
+    pub fn dot_f32_bytes<H: Native>(w: &[u8], x: &[f32]) -> f32 {
+        dot_bytes::<H, _>(w, x, f32::from_le_bytes)
     }
 
     #[inline(always)]
-    pub fn dot_f16_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
+    pub fn dot_f16_bytes<H: Native>(w: &[u8], x: &[f32]) -> f32 {
         let (w, rest) = w.as_chunks::<2>();
         assert!(rest.is_empty() && w.len() == x.len());
         let mut lanes = [0.0; LANES];
@@ -354,16 +356,16 @@ mod body {
         for (l, (w, x)) in w_tail.iter().zip(x_tail).enumerate() {
             lanes[l] = f16_to_f32(u16::from_le_bytes(*w)).mul_add(*x, lanes[l]);
         }
-        tree(lanes)
+        H::tree(lanes)
     }
 
     #[inline(always)]
-    pub fn dot_bf16_bytes<H: Half>(w: &[u8], x: &[f32]) -> f32 {
-        dot_bytes(w, x, |b| bf16_to_f32(u16::from_le_bytes(b)))
+    pub fn dot_bf16_bytes<H: Native>(w: &[u8], x: &[f32]) -> f32 {
+        dot_bytes::<H, _>(w, x, |b| bf16_to_f32(u16::from_le_bytes(b)))
     }
 
     #[inline(always)]
-    pub fn quantize<H: Half>(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]) {
+    pub fn quantize<H: Native>(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]) {
         let (x, rest) = x.as_chunks::<32>();
         let (q, q_rest) = q.as_chunks_mut::<32>();
         let (sums, sums_rest) = sums.as_chunks_mut::<2>();
@@ -472,11 +474,11 @@ macro_rules! table {
     };
 }
 
-/// Compiles every body for one ISA: module name, ISA, how it converts halves, its target features (or any
+/// Compiles every body for one ISA: module name, ISA, its [`Native`], its target features (or any
 /// attribute, where it needs none).
 macro_rules! instance {
     (
-        $module:ident $isa:ident $half:ty, #[$features:meta]
+        $module:ident $isa:ident $native:ty, #[$features:meta]
         $($(#[doc = $doc:literal])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*
     ) => {
         mod $module {
@@ -485,7 +487,7 @@ macro_rules! instance {
             $(fn $name($($arg: $ty),*) $(-> $ret)? {
                 #[$features]
                 fn instance($($arg: $ty),*) $(-> $ret)? {
-                    body::$name::<$half>($($arg),*)
+                    body::$name::<$native>($($arg),*)
                 }
                 #[allow(unused_unsafe)] // safe where the instance needs no features
                 // SAFETY: `OPS` is reachable only through `ops`, which asserts that the CPU has the ISA.
@@ -498,7 +500,7 @@ macro_rules! instance {
 functions!(table!);
 functions!(instance! scalar Scalar Software, #[inline]);
 #[cfg(target_arch = "x86_64")]
-functions!(instance! avx2 Avx2 crate::avx2::F16c, #[target_feature(enable = "avx2,fma,f16c")]);
+functions!(instance! avx2 Avx2 crate::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
 
 /// The instance for `isa`.
 ///
