@@ -252,6 +252,8 @@ pub trait Block: Sync {
     const FORMAT: Format;
     /// Whether groups have minima (`m`, `dmin`); decides whether the minimum term is accumulated at all.
     const MINIMA: bool = false;
+    /// Whether the halves of a group may have different scales.
+    const PER_16: bool = false;
     /// `q + BIAS` is in `0..=SPAN`, with `BIAS` as small as that allows.
     const BIAS: i32;
     /// Largest value of `q + BIAS`.
@@ -374,6 +376,7 @@ pub struct Q2K;
 impl Block for Q2K {
     const FORMAT: Format = Format::Q2K;
     const MINIMA: bool = true;
+    const PER_16: bool = true;
     const BIAS: i32 = 0;
     const SPAN: i32 = 3;
     #[inline(always)]
@@ -394,6 +397,7 @@ impl Block for Q2K {
 pub struct Q3K;
 impl Block for Q3K {
     const FORMAT: Format = Format::Q3K;
+    const PER_16: bool = true;
     const BIAS: i32 = 4;
     const SPAN: i32 = 7;
     #[inline(always)]
@@ -471,6 +475,7 @@ impl Block for Q5K {
 pub struct Q6K;
 impl Block for Q6K {
     const FORMAT: Format = Format::Q6K;
+    const PER_16: bool = true;
     const BIAS: i32 = 32;
     const SPAN: i32 = 63;
     #[inline(always)]

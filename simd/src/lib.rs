@@ -144,6 +144,7 @@ macro_rules! kernels {
             #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[0],
             #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[1],
             #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[2],
+            $(#[cfg(target_arch = "x86_64")] &avx2::Avx2Groups::<format::$block>(concat!($name, "/avx2"), PhantomData),)*
             &SCALAR_FLOATS[0],
             &SCALAR_FLOATS[1],
             &SCALAR_FLOATS[2],

@@ -1,0 +1,365 @@
+//! Every kernel against the canonical order written out naively, bit for bit, and against f64.
+//!
+//! The naive version shares only `Block::group` with the kernels, and that is checked in `formats.rs`
+//! against values of another implementation.
+
+mod common;
+
+use common::{Rng, same, weights};
+use gemrun_simd::format::{self, Block};
+use gemrun_simd::{Acts, ActsBuf, Format, Isa, KERNELS, Tile, Tiles, dequant, find, ops, select};
+
+/// One output of a block format: groups in order, integer sums in i64, one f32 accumulator.
+fn naive<B: Block>(row: &[u8], a: &[i8], da: &[f32]) -> f32 {
+    let per_block = B::FORMAT.block_elems() / 32;
+    let mut acc = 0f32;
+    for (k, (a, da)) in a.chunks(32).zip(da).enumerate() {
+        let block = &row[k / per_block * B::FORMAT.block_bytes()..][..B::FORMAT.block_bytes()];
+        let w = B::group(block, k % per_block);
+        let product = |i: usize| w.s[i / 16] as i64 * w.q[i] as i64 * a[i] as i64;
+        let isum: i64 = (0..32).map(product).sum();
+        let msum: i64 = (0..32).map(|i| w.m[i / 16] as i64 * a[i] as i64).sum();
+        assert!(isum.abs() < 1 << 24 && msum.abs() < 1 << 24, "{}: not exact in f32", B::FORMAT);
+        acc = (isum as f32).mul_add(w.d * da, acc);
+        if B::MINIMA {
+            acc = (msum as f32).mul_add(-(w.dmin * da), acc);
+        } else {
+            assert_eq!(msum, 0, "{}: has minima", B::FORMAT);
+        }
+    }
+    acc
+}
+
+/// One output of a float format: 32 strided lanes, then halves added until one is left.
+fn naive_float(row: &[f32], x: &[f32]) -> f32 {
+    let mut lanes = vec![0f32; 32];
+    for (i, (w, x)) in row.iter().zip(x).enumerate() {
+        lanes[i % 32] = w.mul_add(*x, lanes[i % 32]);
+    }
+    while lanes.len() > 1 {
+        let high = lanes.split_off(lanes.len() / 2);
+        lanes.iter_mut().zip(high).for_each(|(l, h)| *l += h);
+    }
+    lanes[0]
+}
+
+fn expected(format: Format, row: &[u8], x: &Acts, t: usize) -> f32 {
+    let n = x.cols;
+    if format.is_float() {
+        let mut w = vec![0.0; n];
+        format.unpack_row(row, &mut w);
+        return naive_float(&w, &x.x[t * n..][..n]);
+    }
+    let (a, da) = (&x.q[t * n..][..n], &x.scale[t * n / 32..][..n / 32]);
+    match format {
+        Format::F32 | Format::F16 | Format::BF16 => unreachable!(),
+        Format::Q4_0 => naive::<format::Q4_0>(row, a, da),
+        Format::Q4_1 => naive::<format::Q4_1>(row, a, da),
+        Format::Q5_0 => naive::<format::Q5_0>(row, a, da),
+        Format::Q5_1 => naive::<format::Q5_1>(row, a, da),
+        Format::Q8_0 => naive::<format::Q8_0>(row, a, da),
+        Format::Q2K => naive::<format::Q2K>(row, a, da),
+        Format::Q3K => naive::<format::Q3K>(row, a, da),
+        Format::Q4K => naive::<format::Q4K>(row, a, da),
+        Format::Q5K => naive::<format::Q5K>(row, a, da),
+        Format::Q6K => naive::<format::Q6K>(row, a, da),
+        Format::Iq4Nl => naive::<format::Iq4Nl>(row, a, da),
+        Format::Iq4Xs => naive::<format::Iq4Xs>(row, a, da),
+        Format::Tq1_0 => naive::<format::Tq1_0>(row, a, da),
+        Format::Tq2_0 => naive::<format::Tq2_0>(row, a, da),
+        Format::Mxfp4 => naive::<format::Mxfp4>(row, a, da),
+        Format::Q1_0 => naive::<format::Q1_0>(row, a, da),
+        Format::Q2_0 => naive::<format::Q2_0>(row, a, da),
+    }
+}
+
+/// Runs every supported kernel of `format` on the rows, from an unaligned address and into a tile with
+/// canaries around it, and compares each output with the naive version.
+fn check(format: Format, w: &[u8], x: &Acts, what: &str) {
+    let row_bytes = format.row_bytes(x.cols).unwrap();
+    let rows = w.len() / row_bytes;
+    let want: Vec<f32> = (0..x.tokens)
+        .flat_map(|t| (0..rows).map(move |r| (t, r)))
+        .map(|(t, r)| expected(format, &w[r * row_bytes..][..row_bytes], x, t))
+        .collect();
+    let mut shifted = vec![0xa5; w.len() + 1];
+    shifted[1..].copy_from_slice(w);
+    const CANARY: f32 = 1.25e-33;
+    for kernel in KERNELS.iter().filter(|k| k.format() == format && k.supported()) {
+        for w in [w, &shifted[1..]] {
+            // Two rows before and three after the tile belong to others.
+            let stride = rows + 5;
+            let mut out = vec![CANARY; x.tokens * stride];
+            // SAFETY: the only tile.
+            let mut tile = unsafe { Tiles::new(&mut out, stride).tile(2..2 + rows) };
+            kernel.matmul(w, x, &mut tile);
+            for (i, got) in out.iter().enumerate() {
+                let (t, r) = (i / stride, (i % stride).wrapping_sub(2));
+                let want = if r < rows { want[t * rows + r] } else { CANARY };
+                assert!(
+                    same(*got, want),
+                    "{} {what}: {rows} rows, {} cols, token {t} of {}, row {r}: {got} ({:#x}), expected {want} ({:#x})",
+                    kernel.name(),
+                    x.cols,
+                    x.tokens,
+                    got.to_bits(),
+                    want.to_bits()
+                );
+            }
+        }
+    }
+}
+
+fn random_activations(rng: &mut Rng, len: usize) -> Vec<f32> {
+    (0..len).map(|_| rng.unit()).collect()
+}
+
+/// Row lengths in groups of 32, of which each format takes those it can.
+const GROUPS: [usize; 14] = [
+    1,  // one block of the small formats
+    2,  // Q2_0's block
+    3,  // odd
+    4,  // Q1_0's block
+    5,  //
+    7,  //
+    8,  // one super-block
+    9,  //
+    24, // three super-blocks
+    31, // one less than a panel's chunk
+    32, // exactly a chunk
+    33, // one group in the next chunk
+    40, // one super-block in the next chunk
+    72, // 2304: two chunks and a bit
+];
+
+#[test]
+fn all_shapes() {
+    let mut buf = ActsBuf::default();
+    for format in Format::ALL {
+        let mut rng = Rng(format.ggml_id() as u64);
+        for cols in GROUPS.map(|g| 32 * g) {
+            if format.row_bytes(cols).is_none() {
+                continue;
+            }
+            // Rows around the eight in lanes; tokens around the four at a time and the change of path.
+            for (rows, tokens) in
+                [(1, 1), (7, 2), (8, 4), (9, 5), (15, 6), (16, 7), (17, 9), (3, 8), (2, 12), (1, 13), (5, 0), (0, 3)]
+            {
+                let w = weights(format, rows, cols, &mut rng, Rng::byte);
+                let x = random_activations(&mut rng, tokens * cols);
+                check(format, &w, &buf.quantize(ops(Isa::best()), &x, cols), "random");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_row_count_and_token_count() {
+    let mut buf = ActsBuf::default();
+    let mut rng = Rng(1);
+    for format in Format::ALL {
+        for rows in 1..=17 {
+            for tokens in 1..=9 {
+                let w = weights(format, rows, 256, &mut rng, Rng::byte);
+                let x = random_activations(&mut rng, tokens * 256);
+                check(format, &w, &buf.quantize(ops(Isa::best()), &x, 256), "random");
+            }
+        }
+    }
+}
+
+#[test]
+fn long_rows() {
+    let mut buf = ActsBuf::default();
+    let mut rng = Rng(2);
+    for format in Format::ALL {
+        for cols in [6144, 12288, 65536] {
+            for tokens in [1, 7] {
+                let w = weights(format, 3, cols, &mut rng, Rng::byte);
+                let x = random_activations(&mut rng, tokens * cols);
+                check(format, &w, &buf.quantize(ops(Isa::best()), &x, cols), "random");
+            }
+        }
+    }
+}
+
+/// Weights of all the same byte or alternating extremes meet activations that are ±127 throughout, one
+/// alone, or zero: what saturates, wraps or loses a sign shows here.
+#[test]
+fn extreme_values() {
+    // 0x80 is −128 in Q8_0 and in the scales of Q6_K; 0x88, 0x77 are −8 and 7, or the ends of the tables.
+    let fills = [0x00, 0xff, 0x80, 0x7f, 0x81, 0x88, 0x77, 0x0f, 0xf0, 0x55, 0xaa];
+    type Pattern = fn(usize) -> f32;
+    let patterns: [(&str, Pattern); 6] = [
+        ("all 127", |_| 1.0),
+        ("all -127", |_| -1.0),
+        ("alternating", |i| if i % 2 == 0 { 1.0 } else { -1.0 }),
+        ("pairs alternating", |i| if i % 4 < 2 { -1.0 } else { 1.0 }),
+        ("one hot", |i| if i % 97 == 13 { -1.0 } else { 0.0 }),
+        ("zero", |_| 0.0),
+    ];
+    let mut buf = ActsBuf::default();
+    for format in Format::ALL {
+        let mut rng = Rng(3);
+        for fill in fills {
+            for flip in [0x00, 0xff] {
+                let mut odd = false;
+                let w = weights(format, 9, 1280, &mut rng, |_| {
+                    odd = !odd;
+                    if odd { fill } else { fill ^ flip }
+                });
+                for (what, pattern) in patterns {
+                    for tokens in [1, 7] {
+                        let x: Vec<f32> = (0..tokens * 1280).map(pattern).collect();
+                        let x = buf.quantize(ops(Isa::best()), &x, 1280);
+                        check(format, &w, &x, &format!("bytes {fill:#x} ^ {flip:#x}, activations {what}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Damaged weights: any bytes at all, so scales may be subnormal, infinite or NaN; and activations too.
+#[test]
+fn any_bytes_and_non_finite_activations() {
+    let mut buf = ActsBuf::default();
+    let mut rng = Rng(4);
+    for format in Format::ALL {
+        for bad in [1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-39, -0.0] {
+            for tokens in [1, 7] {
+                let w: Vec<u8> = (0..9 * format.row_bytes(512).unwrap()).map(|_| rng.byte()).collect();
+                let mut x = random_activations(&mut rng, tokens * 512);
+                x[17] = bad;
+                check(format, &w, &buf.quantize(ops(Isa::best()), &x, 512), &format!("activation {bad}"));
+                if !bad.is_finite() {
+                    let mut out = vec![0.0; tokens * 9];
+                    let x = buf.quantize(ops(Isa::best()), &x, 512);
+                    select(format, Isa::best()).matmul(&w, &x, &mut Tile::whole(&mut out, 9));
+                    assert!(out[..9].iter().all(|y| !y.is_finite()), "{format}: {bad} was lost");
+                }
+            }
+        }
+    }
+}
+
+/// The integer product is that of the rounded activations: against f64, within the rounding of one f32
+/// accumulator and of the activations themselves.
+#[test]
+fn close_to_f64() {
+    let mut buf = ActsBuf::default();
+    let mut rng = Rng(5);
+    let cols = 1536;
+    for format in Format::ALL {
+        let w = weights(format, 8, cols, &mut rng, Rng::byte);
+        let x = random_activations(&mut rng, 7 * cols);
+        let acts = buf.quantize(ops(Isa::best()), &x, cols);
+        for kernel in [select(format, Isa::best()), dequant(format, Isa::best()), dequant(format, Isa::Scalar)] {
+            let mut out = vec![0.0; 7 * 8];
+            kernel.matmul(&w, &acts, &mut Tile::whole(&mut out, 8));
+            for (i, got) in out.iter().enumerate() {
+                let (t, r) = (i / 8, i % 8);
+                let mut row = vec![0.0; cols];
+                format.unpack_row(&w[r * w.len() / 8..][..w.len() / 8], &mut row);
+                let (mut want, mut size, mut rounding) = (0f64, 0f64, 0f64);
+                for (k, w) in row.iter().enumerate() {
+                    want += *w as f64 * x[t * cols + k] as f64;
+                    size += (*w as f64 * x[t * cols + k] as f64).abs();
+                    rounding += (*w as f64 * acts.scale[(t * cols + k) / 32] as f64).powi(2) / 12.0;
+                }
+                let float = format.is_float() || kernel.name().ends_with("/float");
+                let bound = 1e-5 * size + if float { 0.0 } else { 6.0 * rounding.sqrt() };
+                assert!((*got as f64 - want).abs() < bound, "{}: {got}, expected {want} ± {bound}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn unpacked_kernels_agree_bit_for_bit() {
+    let mut rng = Rng(6);
+    for format in Format::ALL {
+        let w = weights(format, 5, 768, &mut rng, Rng::byte);
+        let x = random_activations(&mut rng, 3 * 768);
+        let run = |isa| {
+            let mut out = vec![0.0; 3 * 5];
+            dequant(format, isa).matmul(&w, &Acts::float(&x, 768), &mut Tile::whole(&mut out, 5));
+            out.iter().map(|y| y.to_bits()).collect::<Vec<_>>()
+        };
+        let mut row = vec![0.0; 768];
+        format.unpack_row(&w[..w.len() / 5], &mut row);
+        assert_eq!(run(Isa::Scalar)[0], naive_float(&row, &x[..768]).to_bits(), "{format}");
+        assert_eq!(run(Isa::Scalar), run(Isa::best()), "{format}");
+    }
+}
+
+#[test]
+fn tables_are_complete_and_in_order() {
+    for format in Format::ALL {
+        for isa in Isa::ALL {
+            let kernel = select(format, isa);
+            assert_eq!(kernel.format(), format);
+            assert!(kernel.isa() <= isa && kernel.supported());
+            if isa.supported() && cfg!(target_arch = "x86_64") {
+                assert_eq!(kernel.isa(), isa, "{}", kernel.name());
+            }
+            assert_eq!(dequant(format, isa).format(), format);
+        }
+    }
+    for kernel in KERNELS {
+        let name = format!("{}/{}", kernel.format().name().to_lowercase(), kernel.isa().name());
+        assert_eq!(kernel.name(), name);
+        assert_eq!(KERNELS.iter().filter(|k| k.name() == name).count(), 1);
+    }
+}
+
+#[test]
+fn choices_by_name() {
+    let one = find("q4_0/scalar").unwrap();
+    assert_eq!(one.kernel(Format::Q4_0).name(), "q4_0/scalar");
+    assert_eq!(one.kernel(Format::Q6K).isa(), Isa::best());
+    assert_eq!(find("scalar").unwrap().kernel(Format::Q6K).name(), "q6_k/scalar");
+    for wrong in ["", "sse", "q4_0", "q4_0/", "Q4_0/scalar", "a\x1bb"] {
+        let message = find(wrong).err().unwrap();
+        assert!(message.contains("expected one of scalar") && !message.contains('\x1b'), "{message}");
+    }
+    if !Isa::Avx2.supported() {
+        assert!(find("avx2").err().unwrap().contains("no avx2"));
+        assert!(find("q4_0/avx2").is_err());
+    }
+}
+
+/// What a kernel relies on is checked, whatever the kernel.
+#[test]
+fn misfits_panic() {
+    let x = vec![0.5; 64];
+    let mut buf = ActsBuf::default();
+    let acts = buf.quantize(ops(Isa::best()), &x, 64);
+    for kernel in KERNELS.iter().filter(|k| k.format() == Format::Q4_0 && k.supported()) {
+        let run = |bytes: usize, x: Acts, rows: usize, tokens: usize| {
+            let mut out = vec![0.0; rows * tokens];
+            let w = vec![0; bytes];
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                kernel.matmul(&w, &x, &mut Tile::whole(&mut out, rows));
+            }))
+            .is_err()
+        };
+        let quiet = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        let cases = [
+            (false, run(36, acts, 1, 1)),
+            (true, run(35, acts, 1, 1)),                                     // a byte short
+            (true, run(72, acts, 1, 1)),                                     // a row too many
+            (true, run(36, acts, 1, 2)),                                     // a token too many
+            (true, run(36, Acts::float(&x, 64), 1, 1)),                      // not quantised
+            (true, run(36, Acts { tokens: 2, ..acts }, 1, 2)),               // fewer activations than tokens
+            (true, run(36, Acts { scale: &acts.scale[1..], ..acts }, 1, 1)), // a scale short
+            (true, run(36, Acts { sums: &acts.sums[1..], ..acts }, 1, 1)),   // a sum short
+            (true, run(36, Acts { cols: 63, ..acts }, 1, 1)),                // half a block
+        ];
+        std::panic::set_hook(quiet);
+        for (i, (want, got)) in cases.into_iter().enumerate() {
+            assert_eq!(want, got, "{} case {i}", kernel.name());
+        }
+    }
+}
