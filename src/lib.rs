@@ -1,9 +1,16 @@
 //! gemrun, the CPU engine for Gemma 4: a memory-mapped GGUF file, a forward pass, a conversation.
 
+pub mod config;
 pub mod error;
+pub mod forward;
 pub mod gguf;
+pub mod kv;
+pub mod model;
+pub mod ops;
 pub mod registry;
 pub mod sample;
+pub mod team;
 pub mod tokenizer;
+pub mod weight;
 
 pub use error::{Error, Kind, Result};

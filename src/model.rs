@@ -1,0 +1,403 @@
+//! A loaded model: every field is a tensor of the file, under the tensor's own name.
+//!
+//! Loading is looking up and checking: a tensor must exist, have the shape the hyper-parameters call for and a type its
+//! role allows. Matrices stay in the mapped file; only norms and scales, a few hundred kilobytes, are copied. Tensors
+//! the text model does not know (`v.*`, `a.*`, `mm.*`, redundant keys and values of sharing layers) are ignored.
+
+use std::collections::BTreeMap;
+
+use gemrun_simd::{Format, Ops, ggml_type_name};
+
+use crate::config::{Config, LayerConfig};
+use crate::gguf::{Bytes, Gguf, Tensor};
+use crate::weight::{Act, Numerics, Table, Weight};
+use crate::{Error, Result};
+
+/// A Gemma 4 text model.
+pub struct Model {
+    /// The hyper-parameters.
+    pub config: Config,
+    /// The vector operations of the chosen ISA.
+    pub ops: &'static Ops,
+    /// (vocab, dim) input embedding.
+    pub token_embd: Table,
+    /// (vocab, dim) output head; the same bytes as `token_embd` unless the file has `output.weight`.
+    pub output: Weight,
+    /// (dim) final norm.
+    pub output_norm: Vec<f32>,
+    /// (rotary width of global layers / 2) divisors of the angle, global layers only.
+    pub rope_freqs: Vec<f32>,
+    /// Per-layer embeddings, E2B and E4B.
+    pub ple: Option<PerLayerEmbedding>,
+    /// First layer first.
+    pub layers: Vec<Layer>,
+}
+
+/// The model-wide tensors of per-layer embeddings.
+pub struct PerLayerEmbedding {
+    /// (vocab, layers · ple): one row per token id, read by row and never as a whole.
+    pub per_layer_token_embd: Table,
+    /// (layers · ple, dim).
+    pub per_layer_model_proj: Weight,
+    /// (ple), shared by all layers.
+    pub per_layer_proj_norm: Vec<f32>,
+}
+
+/// One transformer layer.
+pub struct Layer {
+    /// (dim).
+    pub attn_norm: Vec<f32>,
+    /// (heads · head_dim, dim).
+    pub attn_q: Weight,
+    /// (head_dim).
+    pub attn_q_norm: Vec<f32>,
+    /// Own keys and values; absent where another layer's are read.
+    pub attn_kv: Option<KeyValue>,
+    /// (dim, heads · head_dim).
+    pub attn_output: Weight,
+    /// (dim).
+    pub post_attention_norm: Vec<f32>,
+    /// (dim).
+    pub ffn_norm: Vec<f32>,
+    /// (ff, dim).
+    pub ffn_gate: Weight,
+    /// (ff, dim).
+    pub ffn_up: Weight,
+    /// (dim, ff).
+    pub ffn_down: Weight,
+    /// Experts beside the dense network.
+    pub moe: Option<Moe>,
+    /// (dim).
+    pub post_ffw_norm: Vec<f32>,
+    /// This layer's use of the per-layer embedding.
+    pub ple: Option<LayerPle>,
+    /// Factor of the whole residual stream after this layer; 1 where the file has none.
+    pub layer_output_scale: f32,
+}
+
+/// Key and value projections.
+pub struct KeyValue {
+    /// (kv_heads · head_dim, dim).
+    pub attn_k: Weight,
+    /// (head_dim).
+    pub attn_k_norm: Vec<f32>,
+    /// (kv_heads · head_dim, dim); absent where the value is the raw key projection.
+    pub attn_v: Option<Weight>,
+}
+
+/// Mixture of experts of one layer.
+pub struct Moe {
+    /// (experts, dim) router.
+    pub ffn_gate_inp: Weight,
+    /// (dim) scale of the router's input.
+    pub ffn_gate_inp_scale: Vec<f32>,
+    /// (dim) norm before the experts.
+    pub pre_ffw_norm_2: Vec<f32>,
+    /// (dim) norm after the dense network.
+    pub post_ffw_norm_1: Vec<f32>,
+    /// (dim) norm after the experts.
+    pub post_ffw_norm_2: Vec<f32>,
+    /// One entry per expert.
+    pub experts: Vec<Expert>,
+    /// (experts) factor of each expert's output.
+    pub ffn_down_exps_scale: Vec<f32>,
+}
+
+/// One expert: slices of the layer's expert tensors.
+pub struct Expert {
+    /// (expert_ff, dim).
+    pub gate: Weight,
+    /// (expert_ff, dim).
+    pub up: Weight,
+    /// (dim, expert_ff).
+    pub down: Weight,
+}
+
+/// Per-layer embedding tensors of one layer.
+pub struct LayerPle {
+    /// (ple, dim).
+    pub inp_gate: Weight,
+    /// (dim, ple).
+    pub proj: Weight,
+    /// (dim).
+    pub post_norm: Vec<f32>,
+}
+
+impl Model {
+    /// Looks up and checks every tensor of `gguf`; picks a kernel for each weight.
+    pub fn load(gguf: &Gguf, numerics: &Numerics) -> Result<Model> {
+        if numerics.act == Act::Static {
+            let error = format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
+            return Err(Error::unsupported(error));
+        }
+        let config = Config::from_gguf(gguf)?;
+        let load = Loader { gguf, numerics };
+        let Config { dim, vocab, .. } = config;
+
+        let token_embd = load.table("token_embd.weight", vocab, dim)?;
+        let output = match gguf.tensor("output.weight") {
+            Some(_) => load.weight("output.weight", vocab, dim)?,
+            None => token_embd.as_weight(numerics),
+        };
+        let rope_freqs = load.vector("rope_freqs.weight", config.rope_global.dims / 2)?;
+        if let Some(bad) = rope_freqs.iter().find(|&&factor| factor <= 0.0) {
+            return Err(load.wrong("rope_freqs.weight", format!("value {bad}"), "divisors above 0"));
+        }
+        let ple = match config.ple {
+            0 => None,
+            ple => Some(PerLayerEmbedding {
+                per_layer_token_embd: load.table("per_layer_token_embd.weight", vocab, ple * config.layers.len())?,
+                per_layer_model_proj: load.weight("per_layer_model_proj.weight", ple * config.layers.len(), dim)?,
+                per_layer_proj_norm: load.vector("per_layer_proj_norm.weight", ple)?,
+            }),
+        };
+        let layers = (0..config.layers.len()).map(|il| load.layer(&config, il)).collect::<Result<Vec<_>>>()?;
+        let output_norm = load.vector("output_norm.weight", dim)?;
+        Ok(Model { ops: numerics.ops(), token_embd, output, output_norm, rope_freqs, ple, layers, config })
+    }
+
+    /// Every weight a token is multiplied by; of experts, all.
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        self.layers.iter().flat_map(Layer::weights).chain(self.ple.iter().map(|p| &p.per_layer_model_proj)).chain([&self.output])
+    }
+
+    /// The kernel of each weight format in use, by the format's name.
+    pub fn kernels(&self) -> BTreeMap<&'static str, &'static str> {
+        self.weights().map(|w| (w.kernel().format().name(), w.kernel().name())).collect()
+    }
+
+    /// Bytes of weights that one generated token reads: every matrix once, of experts only those a token is sent to,
+    /// of embedding tables one row.
+    pub fn bytes_per_token(&self) -> usize {
+        let all: usize = self.weights().map(Weight::bytes).sum();
+        let unused = |(layer, count, used): (&Layer, usize, usize)| {
+            let experts: usize = layer.moe.iter().flat_map(|moe| &moe.experts).map(Expert::bytes).sum();
+            experts / count * (count - used)
+        };
+        let unused: usize = match self.config.experts {
+            Some(e) => self.layers.iter().map(|layer| unused((layer, e.count, e.used))).sum(),
+            None => 0,
+        };
+        let rows = self.token_embd.bytes() / self.token_embd.rows()
+            + self.ple.as_ref().map_or(0, |p| p.per_layer_token_embd.bytes() / p.per_layer_token_embd.rows());
+        all - unused + rows
+    }
+}
+
+impl Layer {
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        let kv = self.attn_kv.iter().flat_map(|kv| [Some(&kv.attn_k), kv.attn_v.as_ref()]).flatten();
+        let moe = self.moe.iter().flat_map(|moe| {
+            moe.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]).chain([&moe.ffn_gate_inp])
+        });
+        let ple = self.ple.iter().flat_map(|ple| [&ple.inp_gate, &ple.proj]);
+        [&self.attn_q, &self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down].into_iter().chain(kv).chain(moe).chain(ple)
+    }
+}
+
+impl Expert {
+    fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+}
+
+/// Look-up with checks; errors name file and tensor.
+struct Loader<'a> {
+    gguf: &'a Gguf,
+    numerics: &'a Numerics,
+}
+
+impl Loader<'_> {
+    fn layer(&self, config: &Config, il: usize) -> Result<Layer> {
+        let c = &config.layers[il];
+        let dim = config.dim;
+        let name = |suffix: &str| format!("blk.{il}.{suffix}");
+        let (q_rows, kv_rows) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+
+        let fused_name = name("attn_qkv.weight");
+        let fused = match self.gguf.tensor(&fused_name) {
+            Some(_) => Some(self.weight(&fused_name, q_rows + 2 * kv_rows, dim)?),
+            None => None,
+        };
+        let attn_q = match &fused {
+            Some(fused) => fused.slice(0..q_rows),
+            None => self.weight(&name("attn_q.weight"), q_rows, dim)?,
+        };
+        let attn_kv = if config.owns_kv(il) {
+            let v_name = name("attn_v.weight");
+            let (attn_k, attn_v) = match &fused {
+                Some(fused) => (
+                    fused.slice(q_rows..q_rows + kv_rows),
+                    Some(fused.slice(q_rows + kv_rows..q_rows + 2 * kv_rows)),
+                ),
+                None => (
+                    self.weight(&name("attn_k.weight"), kv_rows, dim)?,
+                    // Global layers of the larger models have no value projection: the raw key serves.
+                    match self.gguf.tensor(&v_name) {
+                        None if !c.sliding => None,
+                        _ => Some(self.weight(&v_name, kv_rows, dim)?),
+                    },
+                ),
+            };
+            Some(KeyValue { attn_k, attn_k_norm: self.vector(&name("attn_k_norm.weight"), c.head_dim)?, attn_v })
+        } else {
+            None
+        };
+
+        let gate_up_name = name("ffn_gate_up.weight");
+        let (ffn_gate, ffn_up) = match self.gguf.tensor(&gate_up_name) {
+            Some(_) => {
+                let both = self.weight(&gate_up_name, 2 * c.ff, dim)?;
+                (both.slice(0..c.ff), both.slice(c.ff..2 * c.ff))
+            }
+            None => (self.weight(&name("ffn_gate.weight"), c.ff, dim)?, self.weight(&name("ffn_up.weight"), c.ff, dim)?),
+        };
+        let scale_name = name("layer_output_scale.weight");
+        let layer_output_scale = match self.gguf.tensor(&scale_name) {
+            Some(_) => self.vector(&scale_name, 1)?[0],
+            None => 1.0,
+        };
+        let ple = match config.ple {
+            0 => None,
+            ple => Some(LayerPle {
+                inp_gate: self.weight(&name("inp_gate.weight"), ple, dim)?,
+                proj: self.weight(&name("proj.weight"), dim, ple)?,
+                post_norm: self.vector(&name("post_norm.weight"), dim)?,
+            }),
+        };
+        let moe = match config.experts {
+            None => None,
+            Some(experts) => Some(self.moe(config, c, experts.count, &name)?),
+        };
+        Ok(Layer {
+            attn_norm: self.vector(&name("attn_norm.weight"), dim)?,
+            attn_q,
+            attn_q_norm: self.vector(&name("attn_q_norm.weight"), c.head_dim)?,
+            attn_kv,
+            attn_output: self.weight(&name("attn_output.weight"), dim, q_rows)?,
+            post_attention_norm: self.vector(&name("post_attention_norm.weight"), dim)?,
+            ffn_norm: self.vector(&name("ffn_norm.weight"), dim)?,
+            ffn_gate,
+            ffn_up,
+            ffn_down: self.weight(&name("ffn_down.weight"), dim, c.ff)?,
+            moe,
+            post_ffw_norm: self.vector(&name("post_ffw_norm.weight"), dim)?,
+            ple,
+            layer_output_scale,
+        })
+    }
+
+    fn moe(&self, config: &Config, c: &LayerConfig, count: usize, name: &dyn Fn(&str) -> String) -> Result<Moe> {
+        let (dim, ff) = (config.dim, c.expert_ff);
+        // One tensor holds all experts; expert e is its e-th slice of rows.
+        let fused_name = name("ffn_gate_up_exps.weight");
+        let (gate, up, stride, up_at) = match self.gguf.tensor(&fused_name) {
+            Some(_) => {
+                let both = self.experts(&fused_name, count, 2 * ff, dim)?;
+                (both.clone(), both, 2 * ff, ff)
+            }
+            None => {
+                let gate = self.experts(&name("ffn_gate_exps.weight"), count, ff, dim)?;
+                (gate, self.experts(&name("ffn_up_exps.weight"), count, ff, dim)?, ff, 0)
+            }
+        };
+        let down = self.experts(&name("ffn_down_exps.weight"), count, dim, ff)?;
+        let expert = |e: usize| Expert {
+            gate: gate.slice(e * stride..e * stride + ff),
+            up: up.slice(e * stride + up_at..e * stride + up_at + ff),
+            down: down.slice(e * dim..(e + 1) * dim),
+        };
+        let scale_name = name("ffn_down_exps.scale");
+        let ffn_down_exps_scale = match self.gguf.tensor(&scale_name) {
+            Some(_) => self.vector(&scale_name, count)?,
+            None => vec![1.0; count],
+        };
+        Ok(Moe {
+            ffn_gate_inp: self.weight(&name("ffn_gate_inp.weight"), count, dim)?,
+            ffn_gate_inp_scale: self.vector(&name("ffn_gate_inp.scale"), dim)?,
+            pre_ffw_norm_2: self.vector(&name("pre_ffw_norm_2.weight"), dim)?,
+            post_ffw_norm_1: self.vector(&name("post_ffw_norm_1.weight"), dim)?,
+            post_ffw_norm_2: self.vector(&name("post_ffw_norm_2.weight"), dim)?,
+            experts: (0..count).map(expert).collect(),
+            ffn_down_exps_scale,
+        })
+    }
+
+    fn wrong(&self, name: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
+        Error::invalid(format!("{}: tensor {name}: {found}: expected {expected}", self.gguf.name()))
+    }
+
+    /// The tensor `name`, whose dimensions, fastest first, must be `dims`; trailing ones may be left out.
+    fn tensor(&self, name: &str, dims: &[usize]) -> Result<&Tensor> {
+        let tensor = self.gguf.tensor(name).ok_or_else(|| {
+            Error::invalid(format!("{}: tensor {name}: missing: expected shape {}", self.gguf.name(), shape(dims)))
+        })?;
+        let found: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect();
+        if (0..found.len().max(dims.len())).any(|i| found.get(i).unwrap_or(&1) != dims.get(i).unwrap_or(&1)) {
+            let used = found.len() - found.iter().rev().take_while(|&&d| d == 1).count();
+            return Err(self.wrong(name, format!("shape {}", shape(&found[..used.max(1)])), format!("shape {}", shape(dims))));
+        }
+        Ok(tensor)
+    }
+
+    fn format(&self, name: &str, tensor: &Tensor) -> Result<Format> {
+        Format::from_ggml(tensor.kind).ok_or_else(|| {
+            let kind = ggml_type_name(tensor.kind).map_or("unknown", |(kind, _, _)| kind);
+            let known = Format::ALL.map(Format::name).join(" ");
+            let file = self.gguf.name();
+            Error::unsupported(format!("{file}: tensor {name}: type {kind} is not supported: expected one of {known}"))
+        })
+    }
+
+    /// Format and bytes of a matrix of `dims`, fastest first.
+    fn matrix(&self, name: &str, dims: &[usize]) -> Result<(Format, Bytes)> {
+        let tensor = self.tensor(name, dims)?;
+        let format = self.format(name, tensor)?;
+        if name.ends_with(".weight") {
+            let scale = format!("{}.scale", name.trim_end_matches(".weight"));
+            // A factor beside a matrix belongs to formats with a scale per tensor; leaving it out would be silently wrong.
+            if self.gguf.tensor(&scale).is_some() && !MOE_SCALES.iter().any(|known| scale.ends_with(known)) {
+                let error = format!("{}: tensor {scale}: a scale beside a matrix is not supported", self.gguf.name());
+                return Err(Error::unsupported(error));
+            }
+        }
+        Ok((format, self.gguf.bytes(tensor)))
+    }
+
+    fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        let (format, bytes) = self.matrix(name, &[cols, rows])?;
+        Ok(Weight::new(format, bytes, rows, cols, self.numerics))
+    }
+
+    fn experts(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight> {
+        let (format, bytes) = self.matrix(name, &[cols, rows, count])?;
+        Ok(Weight::new(format, bytes, rows * count, cols, self.numerics))
+    }
+
+    fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Table> {
+        let (format, bytes) = self.matrix(name, &[cols, rows])?;
+        Ok(Table::new(format, bytes, rows, cols))
+    }
+
+    /// A norm or scale: F32, copied, every value finite.
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name, &[len])?;
+        if Format::from_ggml(tensor.kind) != Some(Format::F32) {
+            let kind = ggml_type_name(tensor.kind).map_or("unknown", |(kind, _, _)| kind);
+            return Err(self.wrong(name, format!("type {kind}"), "F32"));
+        }
+        let mut values = vec![0.0; len];
+        Format::F32.unpack_row(&self.gguf.bytes(tensor), &mut values);
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(at) => Err(self.wrong(name, format!("value {at} is {}", values[at]), "finite values")),
+            None => Ok(values),
+        }
+    }
+}
+
+/// Vectors named `*.scale` that the mixture of experts reads.
+const MOE_SCALES: [&str; 2] = [".ffn_gate_inp.scale", ".ffn_down_exps.scale"];
+
+fn shape(dims: &[usize]) -> String {
+    dims.iter().map(usize::to_string).collect::<Vec<_>>().join("x")
+}

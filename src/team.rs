@@ -1,0 +1,351 @@
+//! The worker threads, and the only place that starts any.
+//!
+//! One driver walks the layers and owns every buffer; the rows of a big matrix product or the heads of attention fan
+//! out through [`Team::run`], which hands out chunk numbers from one counter. Claiming, instead of an equal split, is
+//! what makes slow cores and busy machines harmless: a fast thread simply takes more chunks. Which thread computes a
+//! chunk never changes its bits.
+//!
+//! ```text
+//! driver:  enter ─► run: publish job, open ─► claim chunks ─► close ─► wait until no one is inside ─► … ─► leave
+//! helper:  spin ──► see open ─► step inside ─► still open? claim chunks ─► step outside ─► spin (then park) …
+//! ```
+//!
+//! Helpers are awake only inside [`Team::enter`], which is called once per reply: at the prompt they use no CPU.
+//! This file knows nothing of matrices or models.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use gemrun_simd::{Tile, Tiles};
+
+use crate::{Error, Kind, Result};
+
+/// More threads than any board or laptop has cores; a typing error above it is refused.
+pub const MAX_THREADS: usize = 256;
+
+/// Polls of the gate before a waiting helper offers its core to others, and before it sleeps: a region follows
+/// another within microseconds while a reply is computed, so a helper that sleeps at once would pay a wake-up each time.
+const SPINS_BEFORE_YIELD: u32 = 2_000;
+const YIELDS_BEFORE_PARK: u32 = 200;
+
+/// A driver and `threads - 1` helpers.
+pub struct Team {
+    threads: usize,
+    /// Where helpers live; absent with one thread.
+    pool: Option<rayon::ThreadPool>,
+    gate: Gate,
+}
+
+type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// What driver and helpers share about the region in progress.
+struct Gate {
+    /// Odd while a region is open. Even in between.
+    epoch: AtomicUsize,
+    /// Helpers that may be looking at `job`.
+    inside: AtomicUsize,
+    /// The next chunk to claim, and how many there are.
+    next: AtomicUsize,
+    chunks: AtomicUsize,
+    /// The region's job. Written by the driver only while the gate is closed and nobody is inside.
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    /// Set when the reply is over: helpers go home.
+    dismissed: AtomicBool,
+    /// The first panic of a helper, passed on to the driver.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Sleeping helpers wait here; `asleep` counts them so that the driver rings only when somebody sleeps.
+    asleep: AtomicUsize,
+    bed: Mutex<()>,
+    bell: Condvar,
+}
+
+// SAFETY: `job` is the only field that is not Sync by itself. It is written by the driver alone, between regions,
+// when `inside` is zero and the epoch is even; helpers read it only after they counted themselves into `inside` and
+// saw the epoch odd, and the driver waits for `inside` to return to zero before it writes again.
+unsafe impl Sync for Gate {}
+// SAFETY: the raw pointer in `job` is dereferenced only within the region it was published for.
+unsafe impl Send for Gate {}
+
+impl Team {
+    /// A team of `threads` including the calling thread.
+    pub fn new(threads: usize) -> Result<Team> {
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(Error::usage(format!("threads: {threads}: expected 1 to {MAX_THREADS}")));
+        }
+        let pool = match threads {
+            1 => None,
+            _ => {
+                let builder = rayon::ThreadPoolBuilder::new().num_threads(threads - 1);
+                let pool = builder.thread_name(|i| format!("team-{}", i + 1)).build();
+                Some(pool.map_err(|e| Error::new(Kind::Other, format!("cannot start {threads} threads: {e}")))?)
+            }
+        };
+        let gate = Gate {
+            epoch: AtomicUsize::new(0),
+            inside: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            chunks: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            dismissed: AtomicBool::new(true),
+            panic: Mutex::new(None),
+            asleep: AtomicUsize::new(0),
+            bed: Mutex::new(()),
+            bell: Condvar::new(),
+        };
+        Ok(Team { threads, pool, gate })
+    }
+
+    /// Threads of this team, the driver included.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `f` on the calling thread with the helpers awake. Takes the team by `&mut`, so there is one driver.
+    pub fn enter<R>(&mut self, f: impl FnOnce(&Team) -> R) -> R {
+        let Some(pool) = &self.pool else { return f(self) };
+        let team = &*self;
+        team.gate.dismissed.store(false, Ordering::SeqCst);
+        pool.in_place_scope(|scope| {
+            for _ in 1..team.threads {
+                scope.spawn(|_| team.gate.help());
+            }
+            // Also on a panic of `f`: the scope would otherwise wait for helpers for ever.
+            let _dismiss = Dismiss(&team.gate);
+            f(team)
+        })
+    }
+
+    /// Calls `f(0)`, `f(1)`, … `f(chunks - 1)`, each once, in any order and on any thread of the team; returns when all are
+    /// done. Outside of [`Team::enter`] everything runs on the calling thread.
+    pub fn run(&self, chunks: usize, f: &Job<'_>) {
+        if chunks <= 1 || self.gate.dismissed.load(Ordering::Relaxed) {
+            (0..chunks).for_each(f);
+            return;
+        }
+        self.gate.run(chunks, f);
+    }
+
+    /// Splits each matrix of `outs` — (values, row length, tile width) — by columns into tiles of at most its width and
+    /// calls `f(which matrix, columns, tile)` for each; the tiles of all matrices form one region.
+    pub fn tiles<const N: usize>(
+        &self,
+        outs: [(&mut [f32], usize, usize); N],
+        f: impl Fn(usize, Range<usize>, Tile<'_>) + Sync,
+    ) {
+        let mut chunks = 0;
+        let matrices = outs.map(|(out, row, width)| {
+            let first = chunks; // number of this matrix's first chunk
+            chunks += row.div_ceil(width);
+            (first, Tiles::new(out, row), row, width)
+        });
+        self.run(chunks, &|chunk| {
+            let which = matrices.partition_point(|matrix| matrix.0 <= chunk) - 1;
+            let (first, tiles, row, width) = &matrices[which];
+            let start = (chunk - first) * width;
+            let columns = start..(start + width).min(*row);
+            // SAFETY: every chunk number is handed out once, and chunks of one matrix cover disjoint columns.
+            let tile = unsafe { tiles.tile(columns.clone()) };
+            f(which, columns, tile);
+        });
+    }
+
+    /// Calls `f(i, part)` for every part of `size` values of `out`, in parallel; `out` is a multiple of `size` long.
+    pub fn parts(&self, out: &mut [f32], size: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        assert!(size > 0 && out.len() % size == 0, "{} values in parts of {size}", out.len());
+        let row = out.len();
+        self.tiles([(out, row, size)], |_, columns, mut tile| f(columns.start / size, tile.row(0)));
+    }
+}
+
+struct Dismiss<'a>(&'a Gate);
+
+impl Drop for Dismiss<'_> {
+    fn drop(&mut self) {
+        self.0.dismissed.store(true, Ordering::SeqCst);
+        self.0.ring();
+    }
+}
+
+impl Gate {
+    fn run(&self, chunks: usize, f: &Job<'_>) {
+        let job: *const Job<'_> = f;
+        // SAFETY: only the lifetime changes. The pointer is used by helpers that are `inside`, and this function does
+        // not return before `inside` is zero with the gate closed.
+        let job: *const Job<'static> = unsafe { std::mem::transmute(job) };
+        // SAFETY: the gate is closed and nobody is inside, see the impl of Sync.
+        unsafe { *self.job.get() = Some(job) };
+        self.next.store(0, Ordering::Relaxed);
+        self.chunks.store(chunks, Ordering::Relaxed);
+        self.epoch.fetch_add(1, Ordering::SeqCst); // open
+        if self.asleep.load(Ordering::SeqCst) > 0 {
+            self.ring();
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.claim(chunks, f)));
+        self.next.store(chunks, Ordering::Relaxed); // after a panic nobody claims more
+        self.epoch.fetch_add(1, Ordering::SeqCst); // close
+        let mut polls = 0;
+        while self.inside.load(Ordering::SeqCst) != 0 {
+            polls += 1;
+            if polls < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+        if let Err(panic) = outcome {
+            resume_unwind(panic);
+        }
+        let panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    fn claim(&self, chunks: usize, f: &Job<'_>) {
+        loop {
+            let chunk = self.next.fetch_add(1, Ordering::Relaxed);
+            if chunk >= chunks {
+                return;
+            }
+            f(chunk);
+        }
+    }
+
+    /// A helper's life during one reply.
+    fn help(&self) {
+        let mut done = 0; // the last epoch worked on
+        let mut polls = 0_u32;
+        loop {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if epoch % 2 == 1 && epoch != done {
+                self.inside.fetch_add(1, Ordering::SeqCst);
+                // Either the driver sees this helper inside and waits for it, or this helper sees the gate closed.
+                if self.epoch.load(Ordering::SeqCst) == epoch {
+                    self.work();
+                }
+                self.inside.fetch_sub(1, Ordering::SeqCst);
+                (done, polls) = (epoch, 0);
+            } else if self.dismissed.load(Ordering::SeqCst) {
+                return;
+            } else {
+                polls += 1;
+                if polls < SPINS_BEFORE_YIELD {
+                    std::hint::spin_loop();
+                } else if polls < SPINS_BEFORE_YIELD + YIELDS_BEFORE_PARK {
+                    std::thread::yield_now();
+                } else {
+                    self.sleep(epoch);
+                    polls = 0;
+                }
+            }
+        }
+    }
+
+    fn work(&self) {
+        // SAFETY: this helper is inside an open region, so the driver neither writes `job` nor lets it dangle.
+        let job = unsafe { *self.job.get() };
+        let Some(job) = job else { return };
+        let chunks = self.chunks.load(Ordering::Relaxed);
+        // SAFETY: as above; the closure is Sync.
+        let f = unsafe { &*job };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.claim(chunks, f))) {
+            self.next.store(chunks, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+    }
+
+    /// Sleeps until the epoch moves on from `seen` or the team is dismissed.
+    fn sleep(&self, seen: usize) {
+        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.asleep.fetch_add(1, Ordering::SeqCst);
+        while self.epoch.load(Ordering::SeqCst) == seen && !self.dismissed.load(Ordering::SeqCst) {
+            bed = self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.asleep.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn ring(&self) {
+        drop(self.bed.lock().unwrap_or_else(PoisonError::into_inner));
+        self.bell.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chunk_runs_once_on_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let mut team = Team::new(threads).unwrap();
+            for round in 0..20 {
+                let counts: Vec<_> = (0..round * 7).map(|_| AtomicUsize::new(0)).collect();
+                team.enter(|team| {
+                    for _ in 0..50 {
+                        team.run(counts.len(), &|i| {
+                            counts[i].fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 50), "{threads} threads, round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_helper_that_slept_is_woken() {
+        let mut team = Team::new(2).unwrap();
+        team.enter(|team| {
+            for _ in 0..3 {
+                std::thread::sleep(std::time::Duration::from_millis(30));
+                let hits = AtomicUsize::new(0);
+                team.run(64, &|_| {
+                    hits.fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(hits.into_inner(), 64);
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_in_a_chunk_reaches_the_driver_and_the_team_lives_on() {
+        let mut team = Team::new(3).unwrap();
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            team.enter(|team| team.run(100, &|i| assert_ne!(i, 57, "chunk")));
+        }));
+        assert!(caught.is_err());
+        let hits = AtomicUsize::new(0);
+        team.enter(|team| {
+            team.run(100, &|_| {
+                hits.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(hits.into_inner(), 100);
+    }
+
+    #[test]
+    fn tiles_cover_every_column_of_every_matrix_once() {
+        let mut team = Team::new(2).unwrap();
+        let (mut a, mut b) = (vec![0.0; 3 * 10], vec![0.0; 2 * 7]);
+        team.enter(|team| {
+            team.tiles([(&mut a[..], 10, 4), (&mut b[..], 7, 7)], |which, columns, mut tile| {
+                for t in 0..[3, 2][which] {
+                    for (value, column) in tile.row(t).iter_mut().zip(columns.clone()) {
+                        *value += (100 * which + 10 * t + column) as f32;
+                    }
+                }
+            });
+        });
+        for t in 0..3 {
+            (0..10).for_each(|c| assert_eq!(a[t * 10 + c], (10 * t + c) as f32));
+        }
+        for t in 0..2 {
+            (0..7).for_each(|c| assert_eq!(b[t * 7 + c], (100 + 10 * t + c) as f32));
+        }
+    }
+
+    #[test]
+    fn thread_counts_are_checked() {
+        assert!(Team::new(0).is_err() && Team::new(MAX_THREADS + 1).is_err());
+    }
+}

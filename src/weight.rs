@@ -1,0 +1,172 @@
+//! Weights as the forward pass sees them: something to multiply by ([`Weight`]) or to look rows up in ([`Table`]).
+//!
+//! These two are the only users of a kernel. A weight picks its kernel once, when the model is loaded, from its format
+//! and the caller's [`Numerics`]; its bytes stay in the mapped file. Bits never depend on how rows are cut into tiles,
+//! because a kernel computes every output from one row and one token alone.
+
+use std::ops::Range;
+
+use gemrun_simd::{Acts, ActsBuf, Choice, Format, Kernel, Ops, dequant};
+
+use crate::gguf::Bytes;
+use crate::team::Team;
+
+/// What the activations are turned into before a matrix product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Act {
+    /// What the file was made for: int8 per 32 values for block formats, f32 for float formats.
+    #[default]
+    Auto,
+    /// The static int8 scales in the file.
+    Static,
+    /// int8 with a scale for each 32 values.
+    Int8,
+    /// f32, against weights unpacked to f32: the slow reference.
+    Float,
+}
+
+/// The choices that may change a logit (`act`), or must not (`kernel`).
+#[derive(Debug, Clone, Default)]
+pub struct Numerics {
+    /// How activations enter a matrix product.
+    pub act: Act,
+    /// Which kernels may run.
+    pub kernel: Choice,
+}
+
+impl Numerics {
+    /// The vector operations that go with the kernels.
+    pub fn ops(&self) -> &'static Ops {
+        gemrun_simd::ops(self.kernel.isa)
+    }
+
+    fn kernel(&self, format: Format) -> &'static dyn Kernel {
+        match self.act {
+            Act::Float => dequant(format, self.kernel.isa),
+            Act::Auto | Act::Static | Act::Int8 => self.kernel.select(format),
+        }
+    }
+}
+
+/// A (rows, cols) matrix to multiply by, in the file's own bytes.
+#[derive(Clone)]
+pub struct Weight {
+    kernel: &'static dyn Kernel,
+    bytes: Bytes,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+}
+
+impl Weight {
+    /// A weight over `bytes`, which are exactly `rows` rows of `cols` values in `format`.
+    pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize, numerics: &Numerics) -> Weight {
+        let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
+        assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
+        Weight { kernel: numerics.kernel(format), bytes, rows, cols, row_bytes }
+    }
+
+    /// Output width.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input width.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The kernel this weight runs on.
+    pub fn kernel(&self) -> &'static dyn Kernel {
+        self.kernel
+    }
+
+    /// Bytes a product reads.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Some of the rows, as a weight of its own over the same bytes.
+    pub fn slice(&self, rows: Range<usize>) -> Weight {
+        let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes);
+        Weight { bytes, rows: rows.len(), ..self.clone() }
+    }
+
+    /// Whether products read the activations as int8.
+    fn quantized(&self) -> bool {
+        self.kernel.quantized()
+    }
+}
+
+/// The activations `x` — (tokens, cols) — as `weights` read them: quantized once if any of them wants int8.
+pub fn acts<'a>(ops: &Ops, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
+    let cols = weights[0].cols;
+    debug_assert!(weights.iter().all(|w| w.cols == cols));
+    if weights.iter().any(|w| w.quantized()) { buf.quantize(ops, x, cols) } else { Acts::float(x, cols) }
+}
+
+/// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
+/// hold up the rest. A multiple of every kernel's row group.
+fn tile_rows(rows: usize, threads: usize) -> usize {
+    (rows / (8 * threads)).clamp(16, 512).next_multiple_of(16)
+}
+
+/// `outs[i] = x * weights[i]^T`, each (tokens, rows), as one region of the team.
+pub fn multiply<const N: usize>(team: &Team, x: &Acts, weights: [&Weight; N], outs: [&mut [f32]; N]) {
+    let mut index = 0;
+    let jobs = outs.map(|out| {
+        let weight = weights[index];
+        index += 1;
+        assert!(weight.cols == x.cols && out.len() == x.tokens * weight.rows, "shape");
+        (out, weight.rows, tile_rows(weight.rows, team.threads()))
+    });
+    team.tiles(jobs, |which, rows, mut tile| {
+        let weight = weights[which];
+        let bytes = &weight.bytes[rows.start * weight.row_bytes..rows.end * weight.row_bytes];
+        weight.kernel.matmul(bytes, x, &mut tile);
+    });
+}
+
+/// A (rows, cols) matrix to look rows up in: embeddings.
+#[derive(Clone)]
+pub struct Table {
+    format: Format,
+    bytes: Bytes,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+}
+
+impl Table {
+    /// A table over `bytes`, which are exactly `rows` rows of `cols` values in `format`.
+    pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize) -> Table {
+        let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
+        assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
+        Table { format, bytes, rows, cols, row_bytes }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Row length.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of the whole table.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Unpacks row `row` into `out`, exactly.
+    pub fn look_up(&self, row: usize, out: &mut [f32]) {
+        self.format.unpack_row(&self.bytes[row * self.row_bytes..(row + 1) * self.row_bytes], out);
+    }
+
+    /// The same matrix as something to multiply by: a tied output head.
+    pub fn as_weight(&self, numerics: &Numerics) -> Weight {
+        Weight::new(self.format, self.bytes.clone(), self.rows, self.cols, numerics)
+    }
+}
