@@ -93,7 +93,8 @@ impl Config {
         let keys = Keys { gguf };
         let found = gguf.string("general.architecture")?.ok_or_else(|| keys.missing("general.architecture"))?;
         if found != ARCHITECTURE {
-            let error = format!("{}: general.architecture: {found} is not supported: expected {ARCHITECTURE}", gguf.name());
+            let error =
+                format!("{}: general.architecture: {found} is not supported: expected {ARCHITECTURE}", gguf.name());
             return Err(Error::unsupported(error));
         }
 
@@ -103,7 +104,9 @@ impl Config {
         let window = keys.uint("attention.sliding_window", 1, u64::from(u32::MAX))?;
         let ple = keys.uint("embedding_length_per_layer_input", 0, MAX_WIDTH)?;
         let shared = keys.uint_or("attention.shared_kv_layers", 0, 0, MAX_LAYERS)?;
-        let eps = keys.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| keys.missing_key("attention.layer_norm_rms_epsilon"))?;
+        let eps = keys
+            .float("attention.layer_norm_rms_epsilon")?
+            .ok_or_else(|| keys.missing_key("attention.layer_norm_rms_epsilon"))?;
         if !(eps.is_finite() && eps >= 0.0) {
             return Err(keys.wrong("attention.layer_norm_rms_epsilon", eps, "a finite number of at least 0"));
         }
@@ -174,10 +177,26 @@ impl Config {
         let tokens = gguf.array("tokenizer.ggml.tokens")?.ok_or_else(|| keys.missing("tokenizer.ggml.tokens"))?;
         let vocab = tokens.len();
         if vocab == 0 || vocab > u32::MAX as usize {
-            return Err(Error::invalid(format!("{}: tokenizer.ggml.tokens: {vocab} entries: expected a vocabulary", gguf.name())));
+            return Err(Error::invalid(format!(
+                "{}: tokenizer.ggml.tokens: {vocab} entries: expected a vocabulary",
+                gguf.name()
+            )));
         }
         let suppress = keys.suppressed(vocab)?;
-        Ok(Config { dim, vocab, context, eps, softcap, window, ple, rope_global, rope_sliding, experts, layers, suppress })
+        Ok(Config {
+            dim,
+            vocab,
+            context,
+            eps,
+            softcap,
+            window,
+            ple,
+            rope_global,
+            rope_sliding,
+            experts,
+            layers,
+            suppress,
+        })
     }
 
     /// The rotary embedding of `layer`'s class.
@@ -245,9 +264,13 @@ impl Keys<'_> {
         }
         let Some(array) = self.gguf.array(&full)? else { return Ok(None) };
         if array.len() != layers {
-            return Err(self.wrong(key, format!("{} entries", array.len()), &format!("one for each of {layers} layers")));
+            return Err(self.wrong(
+                key,
+                format!("{} entries", array.len()),
+                &format!("one for each of {layers} layers"),
+            ));
         }
-        let values = array.ints().ok_or_else(|| self.wrong(key, "not integers", "integers"))?;
+        let values = array.ints()?;
         let entry = |value: i64| match u64::try_from(value) {
             Ok(value) => self.range(key, value, low, high),
             Err(_) => Err(self.wrong(key, value, &format!("{low} to {high}"))),
@@ -258,9 +281,13 @@ impl Keys<'_> {
     fn pattern(&self, key: &str, layers: usize) -> Result<Vec<bool>> {
         let array = self.gguf.array(&Self::full(key))?.ok_or_else(|| self.missing_key(key))?;
         if array.len() != layers {
-            return Err(self.wrong(key, format!("{} entries", array.len()), &format!("one for each of {layers} layers")));
+            return Err(self.wrong(
+                key,
+                format!("{} entries", array.len()),
+                &format!("one for each of {layers} layers"),
+            ));
         }
-        Ok(array.bools().ok_or_else(|| self.wrong(key, "not booleans", "booleans"))?.collect())
+        Ok(array.bools()?.collect())
     }
 
     fn head_dim(&self, key: &str, value: &str, default: Option<usize>) -> Result<usize> {
@@ -306,9 +333,12 @@ impl Keys<'_> {
     fn suppressed(&self, vocab: usize) -> Result<Vec<u32>> {
         let key = "tokenizer.ggml.suppress_tokens";
         let Some(array) = self.gguf.array(key)? else { return Ok(Vec::new()) };
-        let wrong = |found: String| Error::invalid(format!("{}: {key}: {found}: expected token ids below {vocab}", self.gguf.name()));
-        let ids = array.ints().ok_or_else(|| wrong("not integers".into()))?;
-        let entry = |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < vocab).ok_or_else(|| wrong(id.to_string()));
+        let wrong = |found: String| {
+            Error::invalid(format!("{}: {key}: {found}: expected token ids below {vocab}", self.gguf.name()))
+        };
+        let ids = array.ints()?;
+        let entry =
+            |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < vocab).ok_or_else(|| wrong(id.to_string()));
         ids.map(entry).collect()
     }
 }

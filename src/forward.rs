@@ -60,13 +60,13 @@ pub struct State {
 /// Buffers of the mixture of experts.
 #[derive(Default)]
 struct MoeState {
-    dense: Vec<f32>,             // (tokens, dim) output of the dense network
-    router: Vec<f32>,            // (tokens, experts) probabilities
-    chosen: Vec<(usize, f32)>,   // (tokens, used) expert and its weight, best first
+    dense: Vec<f32>,              // (tokens, dim) output of the dense network
+    router: Vec<f32>,             // (tokens, experts) probabilities
+    chosen: Vec<(usize, f32)>,    // (tokens, used) expert and its weight, best first
     members: Vec<(usize, usize)>, // (token, slot) of the tokens sent to one expert
-    input: Vec<f32>,             // (members, dim)
-    output: Vec<f32>,            // (members, dim)
-    slots: Vec<f32>,             // (tokens, used, dim) weighted expert outputs
+    input: Vec<f32>,              // (members, dim)
+    output: Vec<f32>,             // (members, dim)
+    slots: Vec<f32>,              // (tokens, used, dim) weighted expert outputs
 }
 
 impl State {

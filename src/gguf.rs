@@ -380,6 +380,18 @@ pub struct Bytes {
     range: Range<usize>,
 }
 
+impl Bytes {
+    /// A part of these bytes, over the same mapping.
+    ///
+    /// # Panics
+    /// When `range` does not lie within them.
+    pub fn slice(&self, range: Range<usize>) -> Bytes {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {} bytes", self.len());
+        let range = self.range.start.saturating_add(range.start)..self.range.start.saturating_add(range.end);
+        Bytes { file: self.file.clone(), range }
+    }
+}
+
 impl Deref for Bytes {
     type Target = [u8];
 

@@ -161,7 +161,12 @@ impl Kv {
     pub fn bytes(&self, len: usize) -> usize {
         let layer = |layer: &Layer| {
             let blocks = len.div_ceil(BLOCK);
-            (if layer.ring > 0 { blocks.min(layer.ring) } else { blocks }) * BLOCK * layer.kv_heads * layer.head_dim * 2 * self.kind.bytes()
+            (if layer.ring > 0 { blocks.min(layer.ring) } else { blocks })
+                * BLOCK
+                * layer.kv_heads
+                * layer.head_dim
+                * 2
+                * self.kind.bytes()
         };
         self.layers.iter().flatten().map(layer).sum()
     }
@@ -224,7 +229,13 @@ impl Kv {
 
     /// Calls `f(positions, keys, values)` for the runs that hold `positions` of one head of layer `il`, in order. Runs
     /// end at multiples of [`BLOCK`], whatever the chunks were in which the positions arrived.
-    pub fn runs(&self, il: usize, head: usize, positions: Range<usize>, mut f: impl FnMut(Range<usize>, Run<'_>, Run<'_>)) {
+    pub fn runs(
+        &self,
+        il: usize,
+        head: usize,
+        positions: Range<usize>,
+        mut f: impl FnMut(Range<usize>, Run<'_>, Run<'_>),
+    ) {
         let layer = self.layers[il].as_ref().expect("attention reads layers that own a cache");
         let mut start = positions.start;
         while start < positions.end {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use gemrun_simd::{Format, Ops, ggml_type_name};
+use gemrun_simd::{Format, Ops};
 
 use crate::config::{Config, LayerConfig};
 use crate::gguf::{Bytes, Gguf, Tensor};
@@ -127,7 +127,8 @@ impl Model {
     /// Looks up and checks every tensor of `gguf`; picks a kernel for each weight.
     pub fn load(gguf: &Gguf, numerics: &Numerics) -> Result<Model> {
         if numerics.act == Act::Static {
-            let error = format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
+            let error =
+                format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
             return Err(Error::unsupported(error));
         }
         let config = Config::from_gguf(gguf)?;
@@ -158,7 +159,11 @@ impl Model {
 
     /// Every weight a token is multiplied by; of experts, all.
     fn weights(&self) -> impl Iterator<Item = &Weight> {
-        self.layers.iter().flat_map(Layer::weights).chain(self.ple.iter().map(|p| &p.per_layer_model_proj)).chain([&self.output])
+        self.layers
+            .iter()
+            .flat_map(Layer::weights)
+            .chain(self.ple.iter().map(|p| &p.per_layer_model_proj))
+            .chain([&self.output])
     }
 
     /// The kernel of each weight format in use, by the format's name.
@@ -187,11 +192,16 @@ impl Model {
 impl Layer {
     fn weights(&self) -> impl Iterator<Item = &Weight> {
         let kv = self.attn_kv.iter().flat_map(|kv| [Some(&kv.attn_k), kv.attn_v.as_ref()]).flatten();
-        let moe = self.moe.iter().flat_map(|moe| {
-            moe.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]).chain([&moe.ffn_gate_inp])
-        });
+        let moe = self
+            .moe
+            .iter()
+            .flat_map(|moe| moe.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]).chain([&moe.ffn_gate_inp]));
         let ple = self.ple.iter().flat_map(|ple| [&ple.inp_gate, &ple.proj]);
-        [&self.attn_q, &self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down].into_iter().chain(kv).chain(moe).chain(ple)
+        [&self.attn_q, &self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down]
+            .into_iter()
+            .chain(kv)
+            .chain(moe)
+            .chain(ple)
     }
 }
 
@@ -226,10 +236,9 @@ impl Loader<'_> {
         let attn_kv = if config.owns_kv(il) {
             let v_name = name("attn_v.weight");
             let (attn_k, attn_v) = match &fused {
-                Some(fused) => (
-                    fused.slice(q_rows..q_rows + kv_rows),
-                    Some(fused.slice(q_rows + kv_rows..q_rows + 2 * kv_rows)),
-                ),
+                Some(fused) => {
+                    (fused.slice(q_rows..q_rows + kv_rows), Some(fused.slice(q_rows + kv_rows..q_rows + 2 * kv_rows)))
+                }
                 None => (
                     self.weight(&name("attn_k.weight"), kv_rows, dim)?,
                     // Global layers of the larger models have no value projection: the raw key serves.
@@ -250,7 +259,9 @@ impl Loader<'_> {
                 let both = self.weight(&gate_up_name, 2 * c.ff, dim)?;
                 (both.slice(0..c.ff), both.slice(c.ff..2 * c.ff))
             }
-            None => (self.weight(&name("ffn_gate.weight"), c.ff, dim)?, self.weight(&name("ffn_up.weight"), c.ff, dim)?),
+            None => {
+                (self.weight(&name("ffn_gate.weight"), c.ff, dim)?, self.weight(&name("ffn_up.weight"), c.ff, dim)?)
+            }
         };
         let scale_name = name("layer_output_scale.weight");
         let layer_output_scale = match self.gguf.tensor(&scale_name) {
@@ -335,14 +346,18 @@ impl Loader<'_> {
         let found: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect();
         if (0..found.len().max(dims.len())).any(|i| found.get(i).unwrap_or(&1) != dims.get(i).unwrap_or(&1)) {
             let used = found.len() - found.iter().rev().take_while(|&&d| d == 1).count();
-            return Err(self.wrong(name, format!("shape {}", shape(&found[..used.max(1)])), format!("shape {}", shape(dims))));
+            return Err(self.wrong(
+                name,
+                format!("shape {}", shape(&found[..used.max(1)])),
+                format!("shape {}", shape(dims)),
+            ));
         }
         Ok(tensor)
     }
 
     fn format(&self, name: &str, tensor: &Tensor) -> Result<Format> {
-        Format::from_ggml(tensor.kind).ok_or_else(|| {
-            let kind = ggml_type_name(tensor.kind).map_or("unknown", |(kind, _, _)| kind);
+        Format::from_ggml(tensor.type_id).ok_or_else(|| {
+            let kind = tensor.type_name();
             let known = Format::ALL.map(Format::name).join(" ");
             let file = self.gguf.name();
             Error::unsupported(format!("{file}: tensor {name}: type {kind} is not supported: expected one of {known}"))
@@ -382,9 +397,8 @@ impl Loader<'_> {
     /// A norm or scale: F32, copied, every value finite.
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(name, &[len])?;
-        if Format::from_ggml(tensor.kind) != Some(Format::F32) {
-            let kind = ggml_type_name(tensor.kind).map_or("unknown", |(kind, _, _)| kind);
-            return Err(self.wrong(name, format!("type {kind}"), "F32"));
+        if Format::from_ggml(tensor.type_id) != Some(Format::F32) {
+            return Err(self.wrong(name, format!("type {}", tensor.type_name()), "F32"));
         }
         let mut values = vec![0.0; len];
         Format::F32.unpack_row(&self.gguf.bytes(tensor), &mut values);
