@@ -154,7 +154,7 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
         attention(m, layer, il, team, s, n);
         feed_forward(m, layer, il, team, s, n);
         per_layer_embedding(m, layer, il, team, s, n);
-        (m.ops.scale)(&mut s.x[..n * dim], layer.layer_output_scale);
+        m.ops.scale(&mut s.x[..n * dim], layer.layer_output_scale);
         s.tap("l_out", il, |s| &s.x, n * dim);
     }
     s.kv.advance(n);
@@ -177,7 +177,7 @@ fn embed(m: &Model, s: &mut State, tokens: &[u32]) {
     let dim = m.config.dim;
     for (x, &token) in s.x.chunks_exact_mut(dim).zip(tokens) {
         m.token_embd.look_up(token as usize, x);
-        (m.ops.scale)(x, (dim as f32).sqrt());
+        m.ops.scale(x, (dim as f32).sqrt());
     }
 }
 
@@ -188,15 +188,15 @@ fn per_layer_inputs(m: &Model, p: &PerLayerEmbedding, team: &Team, s: &mut State
     let projected = &mut s.ple[..tokens.len() * width];
     let x = acts(m.ops, &mut s.acts, &s.x[..tokens.len() * dim], &[&p.per_layer_model_proj]);
     multiply(team, &x, [&p.per_layer_model_proj], [projected]);
-    (m.ops.scale)(projected, 1.0 / (dim as f32).sqrt());
+    m.ops.scale(projected, 1.0 / (dim as f32).sqrt());
     rms_norm_in_place(m.ops, projected, ple, Some(&p.per_layer_proj_norm), eps);
     for (row, &token) in projected.chunks_exact_mut(width).zip(tokens) {
         let looked_up = &mut s.up[..width]; // free until the first feed-forward network
         p.per_layer_token_embd.look_up(token as usize, looked_up);
-        (m.ops.scale)(looked_up, (ple as f32).sqrt());
-        (m.ops.add)(row, looked_up);
+        m.ops.scale(looked_up, (ple as f32).sqrt());
+        m.ops.add(row, looked_up);
     }
-    (m.ops.scale)(projected, std::f32::consts::FRAC_1_SQRT_2);
+    m.ops.scale(projected, std::f32::consts::FRAC_1_SQRT_2);
 }
 
 /// x += rms(attn_output · attend(q, K, V)) · post_attention_norm
@@ -262,19 +262,19 @@ fn attend(ops: &Ops, c: &LayerConfig, window: usize, team: &Team, kv: &Kv, q: &[
         SCORES.with_borrow_mut(|scores| {
             scores.clear();
             kv.runs(c.kv_layer, kv_head, start..end, |_, keys, _| match keys {
-                Run::F32(keys) => scores.extend(keys.chunks_exact(dim).map(|key| (ops.dot)(q, key))),
-                Run::F16(keys) => scores.extend(keys.chunks_exact(dim).map(|key| (ops.dot_f16)(q, key))),
+                Run::F32(keys) => scores.extend(keys.chunks_exact(dim).map(|key| ops.dot(q, key))),
+                Run::F16(keys) => scores.extend(keys.chunks_exact(dim).map(|key| ops.dot_f16(q, key))),
             });
-            (ops.softmax)(scores);
+            ops.softmax(scores);
             o.fill(0.0);
             kv.runs(c.kv_layer, kv_head, start..end, |positions, _, values| {
                 let weights = &scores[positions.start - start..positions.end - start];
                 match values {
                     Run::F32(values) => {
-                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| (ops.axpy)(o, w, value));
+                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| ops.axpy(o, w, value));
                     }
                     Run::F16(values) => {
-                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| (ops.axpy_f16)(o, w, value));
+                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| ops.axpy_f16(o, w, value));
                     }
                 }
             });
@@ -291,14 +291,14 @@ fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State,
     let (gate, up) = (&mut s.gate[..n * ff], &mut s.up[..n * ff]);
     let h = acts(ops, &mut s.acts, &s.h[..n * dim], &[&layer.ffn_gate, &layer.ffn_up]);
     multiply(team, &h, [&layer.ffn_gate, &layer.ffn_up], [&mut *gate, &mut *up]);
-    team.parts(gate, ff, |t, gate| (ops.gelu_mul)(gate, &up[t * ff..][..ff]));
+    team.parts(gate, ff, |t, gate| ops.gelu_mul(gate, &up[t * ff..][..ff]));
     let gate = acts(ops, &mut s.acts, gate, &[&layer.ffn_down]);
     multiply(team, &gate, [&layer.ffn_down], [&mut s.h[..n * dim]]);
     if let Some(moe) = &layer.moe {
         rms_norm_in_place(ops, &mut s.h[..n * dim], dim, Some(&moe.post_ffw_norm_1), eps);
         s.moe.dense[..n * dim].copy_from_slice(&s.h[..n * dim]);
         experts(m, moe, il, team, s, n);
-        (ops.add)(&mut s.h[..n * dim], &s.moe.dense[..n * dim]);
+        ops.add(&mut s.h[..n * dim], &s.moe.dense[..n * dim]);
     }
     add_rms_norm(ops, &mut s.x[..n * dim], &mut s.h[..n * dim], &layer.post_ffw_norm, eps);
     s.tap("ffn_out", il, |s| &s.x, n * dim);
@@ -329,19 +329,19 @@ fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, n: usize
         let (gate, up) = (&mut s.gate[..members * ff], &mut s.up[..members * ff]);
         let input = acts(ops, &mut s.acts, &b.input[..members * dim], &[&expert.gate, &expert.up]);
         multiply(team, &input, [&expert.gate, &expert.up], [&mut *gate, &mut *up]);
-        (ops.gelu_mul)(gate, up);
+        ops.gelu_mul(gate, up);
         let gate = acts(ops, &mut s.acts, gate, &[&expert.down]);
         multiply(team, &gate, [&expert.down], [&mut b.output[..members * dim]]);
         for (output, &(token, slot)) in b.output.chunks_exact_mut(dim).zip(&b.members) {
             let at = token * e.used + slot;
-            (ops.scale)(output, moe.ffn_down_exps_scale[index]);
-            (ops.scale)(output, b.chosen[at].1);
+            ops.scale(output, moe.ffn_down_exps_scale[index]);
+            ops.scale(output, b.chosen[at].1);
             b.slots[at * dim..][..dim].copy_from_slice(output);
         }
     }
     for (h, slots) in s.h.chunks_exact_mut(dim).zip(b.slots.chunks_exact(e.used * dim)).take(n) {
         h.fill(0.0);
-        slots.chunks_exact(dim).for_each(|slot| (ops.add)(h, slot)); // best expert first
+        slots.chunks_exact(dim).for_each(|slot| ops.add(h, slot)); // best expert first
     }
     rms_norm_in_place(ops, &mut s.h[..n * dim], dim, Some(&moe.post_ffw_norm_2), eps);
 }
@@ -354,7 +354,7 @@ fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, n: usize) {
     let h = &mut s.h[..n * dim];
     h.copy_from_slice(&s.x[..n * dim]);
     rms_norm_in_place(ops, h, dim, None, eps);
-    (ops.scale)(h, 1.0 / (dim as f32).sqrt());
+    ops.scale(h, 1.0 / (dim as f32).sqrt());
     for row in h.chunks_exact_mut(dim) {
         row.iter_mut().zip(&moe.ffn_gate_inp_scale).for_each(|(x, scale)| *x *= scale);
     }
@@ -362,7 +362,7 @@ fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, n: usize) {
     multiply(team, &h, [&moe.ffn_gate_inp], [&mut s.moe.router[..n * e.count]]);
     s.moe.chosen.clear();
     for row in s.moe.router.chunks_exact_mut(e.count).take(n) {
-        (ops.softmax)(row);
+        ops.softmax(row);
         let at = s.moe.chosen.len();
         for _ in 0..e.used {
             // Strictly greater: of equal probabilities the lower expert wins.
@@ -391,7 +391,7 @@ fn per_layer_embedding(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut
     let x = acts(ops, &mut s.acts, &s.x[..n * dim], &[&p.inp_gate]);
     multiply(team, &x, [&p.inp_gate], [&mut *gated]);
     for (gated, inputs) in gated.chunks_exact_mut(ple).zip(s.ple.chunks_exact(ple * m.layers.len())) {
-        (ops.gelu_mul)(gated, &inputs[il * ple..][..ple]);
+        ops.gelu_mul(gated, &inputs[il * ple..][..ple]);
     }
     let gated = acts(ops, &mut s.acts, gated, &[&p.proj]);
     multiply(team, &gated, [&p.proj], [&mut s.h[..n * dim]]);
@@ -419,7 +419,7 @@ fn logits(m: &Model, team: &Team, s: &mut State, n: usize, want: Want) {
     multiply(team, &h, [&m.output], [&mut s.logits]);
     if let Some(cap) = m.config.softcap {
         let all = s.logits.len();
-        team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| (m.ops.softcap)(part.row(0), cap));
+        team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| m.ops.softcap(part.row(0), cap));
     }
     s.tap("result_norm", 0, |s| &s.h, rows * dim);
     s.tap("result_output", 0, |s| &s.logits, rows * vocab);

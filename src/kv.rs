@@ -110,7 +110,7 @@ impl Store {
     fn write(&mut self, at: usize, values: &[f32], ops: &Ops) {
         match self {
             Store::F32(store) => store[at..at + values.len()].copy_from_slice(values),
-            Store::F16(store) => (ops.to_f16)(&mut store[at..at + values.len()], values),
+            Store::F16(store) => ops.store_f16(&mut store[at..at + values.len()], values),
         }
     }
 

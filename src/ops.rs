@@ -13,21 +13,21 @@ use crate::config::Rope;
 /// `out[t] = rms(x[t]) * weight` for every row of `weight.len()` values.
 pub fn rms_norm(ops: &Ops, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
     for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-        (ops.rms_norm)(out, x, Some(weight), eps);
+        ops.rms_norm(out, x, Some(weight), eps);
     }
 }
 
 /// [`rms_norm`] in place; without `weight`, rows of `width` values are only normalised.
 pub fn rms_norm_in_place(ops: &Ops, x: &mut [f32], width: usize, weight: Option<&[f32]>, eps: f32) {
     for row in x.chunks_exact_mut(width) {
-        (ops.rms_norm_in_place)(row, weight, eps);
+        ops.rms_norm_in_place(row, weight, eps);
     }
 }
 
 /// Adds `rms(y[t]) * weight` to every row of the residual stream: `x += rms(y) * weight`. `y` is used up.
 pub fn add_rms_norm(ops: &Ops, x: &mut [f32], y: &mut [f32], weight: &[f32], eps: f32) {
     rms_norm_in_place(ops, y, weight.len(), Some(weight), eps);
-    (ops.add)(x, y);
+    ops.add(x, y);
 }
 
 /// Cosines and sines of a run of positions for one class of layers.
@@ -67,7 +67,7 @@ impl RopeTable {
         for (t, token) in x.chunks_exact_mut(heads * head_dim).enumerate() {
             let (cos, sin) = (&self.cos[t * half..][..half], &self.sin[t * half..][..half]);
             for head in token.chunks_exact_mut(head_dim) {
-                (ops.rope)(&mut head[..self.dims], cos, sin);
+                ops.rope(&mut head[..self.dims], cos, sin);
             }
         }
     }

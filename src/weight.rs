@@ -26,7 +26,7 @@ pub enum Act {
 }
 
 /// The choices that may change a logit (`act`), or must not (`kernel`).
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Numerics {
     /// How activations enter a matrix product.
     pub act: Act,
@@ -43,7 +43,7 @@ impl Numerics {
     fn kernel(&self, format: Format) -> &'static dyn Kernel {
         match self.act {
             Act::Float => dequant(format, self.kernel.isa),
-            Act::Auto | Act::Static | Act::Int8 => self.kernel.select(format),
+            Act::Auto | Act::Static | Act::Int8 => self.kernel.kernel(format),
         }
     }
 }
@@ -56,6 +56,8 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     row_bytes: usize,
+    /// Whether the kernel reads activations as int8.
+    quantized: bool,
 }
 
 impl Weight {
@@ -63,7 +65,8 @@ impl Weight {
     pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize, numerics: &Numerics) -> Weight {
         let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
         assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
-        Weight { kernel: numerics.kernel(format), bytes, rows, cols, row_bytes }
+        let quantized = !format.is_float() && numerics.act != Act::Float;
+        Weight { kernel: numerics.kernel(format), bytes, rows, cols, row_bytes, quantized }
     }
 
     /// Output width.
@@ -91,18 +94,13 @@ impl Weight {
         let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes);
         Weight { bytes, rows: rows.len(), ..self.clone() }
     }
-
-    /// Whether products read the activations as int8.
-    fn quantized(&self) -> bool {
-        self.kernel.quantized()
-    }
 }
 
 /// The activations `x` — (tokens, cols) — as `weights` read them: quantized once if any of them wants int8.
 pub fn acts<'a>(ops: &Ops, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
     let cols = weights[0].cols;
     debug_assert!(weights.iter().all(|w| w.cols == cols));
-    if weights.iter().any(|w| w.quantized()) { buf.quantize(ops, x, cols) } else { Acts::float(x, cols) }
+    if weights.iter().any(|w| w.quantized) { buf.quantize(ops, x, cols) } else { Acts::float(x, cols) }
 }
 
 /// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
