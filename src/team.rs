@@ -155,7 +155,7 @@ impl Team {
 
     /// Calls `f(i, part)` for every part of `size` values of `out`, in parallel; `out` is a multiple of `size` long.
     pub fn parts(&self, out: &mut [f32], size: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-        assert!(size > 0 && out.len() % size == 0, "{} values in parts of {size}", out.len());
+        assert!(size > 0 && out.len().is_multiple_of(size), "{} values in parts of {size}", out.len());
         let row = out.len();
         self.tiles([(out, row, size)], |_, columns, mut tile| f(columns.start / size, tile.row(0)));
     }
