@@ -97,6 +97,10 @@ impl Config {
                 format!("{}: general.architecture: {found} is not supported: expected {ARCHITECTURE}", gguf.name());
             return Err(Error::unsupported(error));
         }
+        if let Some(parts) = gguf.uint("split.count")?.filter(|&parts| parts > 1) {
+            let error = format!("{}: split.count: one of {parts} parts: expected the model in one file", gguf.name());
+            return Err(Error::unsupported(error));
+        }
 
         let layer_count = keys.uint("block_count", 1, MAX_LAYERS)?;
         let context = keys.uint("context_length", 1, u64::from(u32::MAX))?.min(MAX_CONTEXT as usize);
