@@ -1,4 +1,4 @@
-//! What several test programs share: finding golden data, reading it, measuring differences.
+//! What several test programs share: golden data, running the engine, measuring differences.
 
 // Each test program uses its own part of this module.
 #![allow(dead_code)]
@@ -6,6 +6,7 @@
 pub mod golden;
 pub mod npy;
 pub mod raw_gguf;
+pub mod run;
 
 /// The largest absolute difference of two equally long sequences; NaN counts as infinite.
 pub fn max_abs_difference(
@@ -24,4 +25,25 @@ pub fn max_abs_difference(
             _ => panic!("the sequences differ in length"),
         }
     }
+}
+
+/// The index of the largest value; of equal ones the first.
+pub fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).rev().max_by(|&i, &j| row[i].total_cmp(&row[j])).unwrap()
+}
+
+/// The Kullback-Leibler divergence of the distribution that logits `q` give from the one that `p` give, in nats.
+pub fn kl(p: &[f32], q: &[f32]) -> f64 {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let max = f64::from(row[argmax(row)]);
+        let sum: f64 = row.iter().map(|&v| (f64::from(v) - max).exp()).sum();
+        row.iter().map(|&v| f64::from(v) - max - sum.ln()).collect()
+    };
+    let (p, q) = (log_softmax(p), log_softmax(q));
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }

@@ -22,8 +22,7 @@ impl Npy {
         let (shape, _) = shape.split_once(')').unwrap();
         let numbers = shape.split(',').map(str::trim).filter(|n| !n.is_empty());
         let shape: Vec<usize> = numbers.map(|n| n.parse().unwrap()).collect();
-        let values: Vec<f32> =
-            file[data_start..].chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+        let values = floats(&file[data_start..]);
         assert_eq!(values.len(), shape.iter().product::<usize>());
         Npy { shape, values }
     }
@@ -32,4 +31,11 @@ impl Npy {
     pub fn rows(&self) -> std::slice::ChunksExact<'_, f32> {
         self.values.chunks_exact(*self.shape.last().unwrap())
     }
+}
+
+/// Little-endian f32 values.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (floats, rest) = bytes.as_chunks();
+    assert!(rest.is_empty());
+    floats.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }

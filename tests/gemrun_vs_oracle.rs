@@ -1,0 +1,214 @@
+//! The engine against the oracle on random models: the formats, shapes and lengths that the golden data lacks.
+//!
+//! With f32 activations the two may differ by rounding only. What the golden data has is tested in
+//! `golden.rs`.
+
+mod common;
+mod oracle;
+
+use common::run::{self, Way};
+use common::{kl, max_abs_difference, median};
+use gemrun::config::Rope;
+use gemrun::forward::{State, Want, forward};
+use gemrun::gguf::Gguf;
+use gemrun::kv::KvType;
+use gemrun::model::Model;
+use gemrun::ops::RopeTable;
+use gemrun::team::Team;
+use gemrun::weight::{Act, Numerics};
+use oracle::synth::{self, Experts, Spec};
+use oracle::{Trace, dequant};
+
+/// What the median difference of the logits may be, and the largest. Rounding in f32 gives a median of 1e-6 to 1e-5;
+/// a random model amplifies it up to a thousandfold for the odd token. A mistake in the model moves logits by 0.1 and more.
+const TYPICAL: f64 = 5e-5;
+const WORST: f64 = 1e-2;
+
+/// Small chunks, so that every sequence needs several.
+const EXACT: Way = Way { batch: 5, ..run::EXACT };
+
+fn gemrun(file: &[u8], tokens: &[u32], way: Way) -> Vec<f32> {
+    run::logits(&Gguf::from_bytes("synthetic.gguf", file.to_vec()).unwrap(), tokens, way)
+}
+
+/// A file, tokens and what the oracle makes of them.
+struct Case {
+    spec: Spec,
+    file: Vec<u8>,
+    tokens: Vec<u32>,
+    trace: Trace,
+}
+
+impl Case {
+    /// Where the choice of experts hangs on less than f32 can tell, other tokens are tried.
+    fn new(spec: Spec, len: usize) -> Case {
+        let file = synth::gguf(&spec);
+        let oracle = oracle::Model::read(&file);
+        let attempts = (0..50).map(|attempt| {
+            let tokens = synth::tokens(&Spec { seed: spec.seed + 1000 * attempt, ..spec.clone() }, len);
+            let trace = oracle.trace(&tokens, 0);
+            (tokens, trace)
+        });
+        let mut settled = attempts.filter(|(_, trace)| trace.router_gap > 1e-4);
+        let (tokens, trace) = settled.next().expect("tokens with a clear choice of experts");
+        Case { spec, file, tokens, trace }
+    }
+
+    fn check(&self, way: Way) {
+        let ours = gemrun(&self.file, &self.tokens, way);
+        assert_close(&self.trace.logits.concat(), &ours, || format!("{way:?} on {:?}", self.spec));
+    }
+}
+
+fn assert_close(expected: &[f64], ours: &[f32], what: impl Fn() -> String) {
+    let worst = max_abs_difference(expected.iter().copied(), ours.iter().copied());
+    let typical = median(expected.iter().zip(ours).map(|(a, b)| (a - f64::from(*b)).abs()).collect());
+    assert!(worst <= WORST && typical <= TYPICAL, "differences {worst:e}, typically {typical:e}: {}", what());
+}
+
+#[test]
+fn every_format_on_random_shapes() {
+    for (i, format) in dequant::FORMATS.iter().enumerate() {
+        for round in 0..3 {
+            let spec = Spec::random(100 * round + i as u64).all_in(format.name);
+            // Blocks of 256 need rows that they divide.
+            let spec = if round == 0 { Spec { dim: 256, ff: 256, ff_shared: 512, ..spec } } else { spec };
+            Case::new(spec, 14).check(EXACT);
+        }
+    }
+}
+
+#[test]
+fn every_format_beside_others() {
+    for seed in 0..30 {
+        let name = |i: u64| dequant::FORMATS[((seed * 7 + i * 3) % 20) as usize].name;
+        let formats = vec![
+            ("token_embd", name(0)),
+            ("attn_q", name(1)),
+            ("attn_v", name(2)),
+            ("ffn_down", name(3)),
+            ("model_proj", name(4)),
+            ("inp_gate", name(5)),
+            ("", name(6)),
+        ];
+        Case::new(Spec { formats, ..Spec::random(seed) }, 9).check(EXACT);
+    }
+}
+
+/// Each length around the window, and windows that no chunk or block of the cache divides.
+#[test]
+fn window_edges() {
+    for window in [1, 2, 7, 16, 63, 64, 65] {
+        let spec = Spec { window, layers: "SFSS", ..Spec::dense(window as u64).all_in("Q4_0") };
+        Case::new(spec.clone(), 2 * window + 3).check(Way { batch: window, ..EXACT });
+        Case::new(spec, window + 1).check(Way { batch: 3, ..EXACT });
+    }
+}
+
+/// Long enough that sliding layers have overwritten their oldest positions more than once.
+#[test]
+fn long_sequences() {
+    let spec = Spec { dim: 64, ff: 64, ff_shared: 64, window: 24, ..Spec::per_layer(11).all_in("Q8_0") };
+    let case = Case::new(spec, 1500);
+    for batch in [1, 17, 512] {
+        case.check(Way { batch, threads: 2, ..EXACT });
+    }
+}
+
+/// Sliding layers only, so that the last logits depend on a few tokens and the oracle need not see the others.
+#[test]
+fn large_positions() {
+    let spec = Spec { dim: 32, ff: 32, ff_shared: 32, layers: "SS", ..Spec::dense(12).all_in("Q8_0") };
+    let tokens = synth::tokens(&spec, 100_000);
+    let file = synth::gguf(&spec);
+    let gguf = Gguf::from_bytes("synthetic.gguf", file.clone()).unwrap();
+    let model = Model::load(&gguf, &Numerics { act: Act::Float, ..Numerics::default() }).unwrap();
+    let mut state = State::new(&model, KvType::F32, tokens.len(), 500).unwrap();
+    let ours = Team::new(2).unwrap().enter(|team| {
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(500) {
+            logits = forward(&model, team, &mut state, chunk, Want::Last).unwrap().to_vec();
+        }
+        logits
+    });
+    // Two layers look back two windows.
+    let tail = tokens.len() - 2 * spec.window;
+    let trace = oracle::trace(&file, &tokens[tail..], tail);
+    assert_close(trace.logits.last().unwrap(), &ours, || format!("{spec:?}"));
+}
+
+/// Angles are what suffers at large positions: those of both classes of layers against their definition.
+#[test]
+fn rotation_at_large_positions() {
+    let (dims, positions) = (512, 262_140..262_144);
+    let factors: Vec<f32> = (0..dims / 2).map(|i| if i < 64 { 1.0 } else { 1e30 }).collect();
+    let ops = Numerics::default().ops();
+    for (base, factors) in [(1e4, None), (1e6, Some(&factors[..]))] {
+        let mut table = RopeTable::default();
+        table.fill(Rope { base, dims }, factors, positions.clone());
+        let x: Vec<f32> = (0..dims * positions.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+        let mut ours = x.clone();
+        table.rotate(ops, &mut ours, 1, dims);
+        for (t, position) in positions.clone().enumerate() {
+            let (x, ours) = (&x[t * dims..][..dims], &ours[t * dims..][..dims]);
+            for i in 0..dims / 2 {
+                let factor = factors.map_or(1.0, |factors| f64::from(factors[i]));
+                let angle = position as f64 * f64::from(base).powf(-2.0 * i as f64 / dims as f64) / factor;
+                let (a, b) = (f64::from(x[i]), f64::from(x[i + dims / 2]));
+                let expected = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()];
+                let difference = max_abs_difference(expected, [ours[i], ours[i + dims / 2]]);
+                assert!(difference <= 1e-6, "base {base} position {position} pair {i}: {difference:e}");
+            }
+        }
+    }
+}
+
+/// The same weights stored in another way, or run in another way: the same bits.
+#[test]
+fn storage_chunks_and_threads_do_not_matter() {
+    let experts = |fused_gate_up| Experts { fused_gate_up, ..Spec::moe(7).experts.unwrap() };
+    let pairs = [
+        (Spec::per_layer(5), Spec { redundant_kv: true, lists: true, alignment: 64, ..Spec::per_layer(5) }),
+        (Spec::per_layer(6), Spec { fused_qkv: true, redundant_kv: true, ..Spec::per_layer(6) }),
+        (Spec::moe(7), Spec { experts: Some(experts(false)), ..Spec::moe(7) }),
+    ];
+    for (plain, other) in pairs {
+        for (format, act) in [("Q4_0", Act::Auto), ("Q5_1", Act::Int8), ("Q2_0", Act::Float)] {
+            let (plain, other) = (plain.clone().all_in(format), other.clone().all_in(format));
+            let tokens = synth::tokens(&plain, 40);
+            let way = Way { act, batch: 40, ..EXACT };
+            let bits = |spec, way| -> Vec<u32> {
+                gemrun(&synth::gguf(spec), &tokens, way).into_iter().map(f32::to_bits).collect()
+            };
+            let expected = bits(&plain, way);
+            for (batch, threads) in [(40, 1), (1, 2), (7, 3), (40, 8)] {
+                let way = Way { batch, threads, ..way };
+                assert!(bits(&other, way) == expected, "{way:?} on {other:?}");
+            }
+        }
+    }
+}
+
+/// int8 activations change logits, but not by much.
+#[test]
+fn int8_activations() {
+    for (i, format) in dequant::FORMATS.iter().enumerate() {
+        let spec = Spec { dim: 256, ff: 256, ff_shared: 256, softcap: Some(30.0), ..Spec::dense(i as u64) };
+        let case = Case::new(spec.all_in(format.name), 40);
+        let ours = gemrun(&case.file, &case.tokens, Way { act: Act::Int8, ..EXACT });
+        let rows = case.trace.logits.iter().zip(ours.chunks_exact(512));
+        let divergence = rows.map(|(exact, ours)| kl(&exact.iter().map(|&v| v as f32).collect::<Vec<_>>(), ours));
+        let divergence = median(divergence.collect());
+        println!("{}: {divergence:.1e}", format.name);
+        assert!(divergence < 0.02, "{}: {divergence}", format.name);
+    }
+}
+
+/// An f16 cache rounds keys and values to 11 bits.
+#[test]
+fn f16_cache() {
+    let case = Case::new(Spec::per_layer(21).all_in("Q4_0"), 40);
+    let ours = gemrun(&case.file, &case.tokens, Way { kv: KvType::F16, ..EXACT });
+    let difference = max_abs_difference(case.trace.logits.concat(), ours);
+    assert!((1e-5..0.1).contains(&difference), "{difference:e}");
+}
