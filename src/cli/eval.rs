@@ -1,0 +1,355 @@
+//! `gemrun eval`: numbers about a model rather than text from it.
+//!
+//! `logits` writes what the model says at every position, `ppl` how well it predicts a text, `kl` how far two models
+//! (or two ways to compute one) are apart on a text. The last two cut the text into windows of `--ctx` tokens, each
+//! beginning with `<bos>`, so every token is predicted exactly once, from nothing before its window.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use gemrun::Error;
+use gemrun::forward::{State, Want, forward};
+use gemrun::model::Model;
+use gemrun::sample::{all_finite, argmax};
+use gemrun::team::Team;
+use gemrun::tokenizer::Tokenizer;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::open::{self, ActArg, Compute, Loaded, Threads};
+use super::{Result, text};
+
+/// Measure what a model computes: raw logits, perplexity, divergence
+#[derive(Args)]
+#[command(after_help = "Example: gemrun eval ppl e2b --file story.txt")]
+pub struct Eval {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    Logits(Logits),
+    Ppl(Ppl),
+    Kl(Kl),
+}
+
+impl Eval {
+    pub fn run(self) -> Result {
+        match self.what {
+            What::Logits(logits) => logits.run(),
+            What::Ppl(ppl) => ppl.run(),
+            What::Kl(kl) => kl.run(),
+        }
+    }
+}
+
+/// Write the raw next-token logits of every position
+#[derive(Args)]
+#[command(
+    after_help = "FILE gets little-endian 32-bit floats, tokens x vocabulary, after the soft cap. The tokens are \
+    taken as they are: no <bos> is added.\n\n\
+    Example: gemrun eval logits demo --tokens 2,105,2364,107 -o logits.f32"
+)]
+struct Logits {
+    /// Model name or path of a GGUF file
+    model: OsString,
+    /// Token ids, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "IDS")]
+    tokens: Vec<u32>,
+    /// Where to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    threads: Threads,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+impl Logits {
+    fn run(self) -> Result {
+        let Runner { loaded, mut team, kv, batch } = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let model = &loaded.model;
+        check_context(model, self.tokens.len(), &format!("{} tokens", self.tokens.len()))?;
+        if let Some(id) = self.tokens.iter().find(|&&id| id as usize >= model.config.vocab) {
+            let vocab = model.config.vocab;
+            let error = format!("token id {id}: expected less than {vocab}, the vocabulary of {}", loaded.gguf.name());
+            return Err(Error::usage(error).into());
+        }
+        let mut state = State::new(model, kv, self.tokens.len(), batch)?;
+        let failed = |e: std::io::Error| Error::io(&self.output, &e);
+        let mut file = BufWriter::new(File::create(&self.output).map_err(failed)?);
+        let written = team.enter(|team| -> gemrun::Result<()> {
+            for chunk in self.tokens.chunks(batch) {
+                let logits = forward(model, team, &mut state, chunk, Want::All)?;
+                let mut bytes = Vec::with_capacity(model.config.vocab * 4);
+                for row in logits.chunks(model.config.vocab) {
+                    bytes.clear();
+                    bytes.extend(row.iter().flat_map(|logit| logit.to_le_bytes()));
+                    file.write_all(&bytes).map_err(failed)?;
+                }
+            }
+            file.flush().map_err(failed)
+        });
+        Ok(written?)
+    }
+}
+
+/// Measure how well a model predicts a text
+#[derive(Args)]
+#[command(
+    after_help = "The text is cut into windows of --ctx tokens, each begun with <bos>; each token of the text is \
+    predicted once.\nnll is the mean negative log-likelihood of a token in nats, ppl its exponential.\n\n\
+    Example: gemrun eval ppl e2b --file story.txt --ctx 1024 --json"
+)]
+struct Ppl {
+    /// Model name or path of a GGUF file
+    model: OsString,
+    /// The text; - is standard input
+    #[arg(long, value_name = "TEXT")]
+    file: PathBuf,
+    /// Window length in tokens
+    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    ctx: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    threads: Threads,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+impl Ppl {
+    fn run(self) -> Result {
+        let text = text::from_file(&self.file)?;
+        let mut runner = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let tokens = runner.tokens(&text, self.ctx, &self.file)?;
+        let mut nll = 0.0;
+        let bar = progress(tokens.len());
+        for window in windows(&tokens, self.ctx, runner.loaded.tokenizer.bos()) {
+            runner.window(&window, |row, target| {
+                nll -= LogProbs::new(row).of(target);
+                bar.inc(1);
+            })?;
+        }
+        bar.finish_and_clear();
+        let nll = nll / tokens.len() as f64;
+        let mut out = std::io::stdout().lock();
+        match self.json {
+            true => writeln!(out, "{}", json!({ "tokens": tokens.len(), "nll": nll, "ppl": nll.exp() }))?,
+            false => writeln!(out, "perplexity {:.4} ({:.5} nats a token, {} tokens)", nll.exp(), nll, tokens.len())?,
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// Measure how far a model is from another on a text
+#[derive(Args)]
+#[command(after_help = "KL is that of MODEL's next-token distribution from MODEL2's, in nats, over all tokens of the \
+    text;\ntop1 is how often both find the same token likeliest. Windows as in eval ppl. To compare two ways to compute\n\
+    one model, name it twice: --act applies to MODEL, --base-act to MODEL2.\n\n\
+    Example: gemrun eval kl e2b --base e2b --base-act float --file story.txt")]
+struct Kl {
+    /// Model name or path of a GGUF file
+    model: OsString,
+    /// The model to compare with
+    #[arg(long, value_name = "MODEL2")]
+    base: OsString,
+    /// As --act, for MODEL2
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    base_act: ActArg,
+    /// The text; - is standard input
+    #[arg(long, value_name = "TEXT")]
+    file: PathBuf,
+    /// Window length in tokens
+    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    ctx: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    threads: Threads,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+impl Kl {
+    fn run(self) -> Result {
+        let text = text::from_file(&self.file)?;
+        let mut runner = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let base_compute = self.compute.with_act(self.base_act);
+        let mut base = Runner::new(&self.base, &self.threads, &base_compute)?;
+        let tokens = runner.tokens(&text, self.ctx, &self.file)?;
+        if tokens != base.tokens(&text, self.ctx, &self.file)? || runner.vocab() != base.vocab() {
+            let (name, base) = (runner.loaded.gguf.name(), base.loaded.gguf.name());
+            return Err(Error::usage(format!("{name} and {base}: vocabularies differ: expected equal ones")).into());
+        }
+
+        let mut divergences = Vec::with_capacity(tokens.len());
+        let (mut nll, mut nll_base, mut agree) = (0.0, 0.0, 0usize);
+        let bar = progress(tokens.len());
+        for window in windows(&tokens, self.ctx, runner.loaded.tokenizer.bos()) {
+            let mut rows = Vec::with_capacity(window.len() - 1);
+            base.window(&window, |row, _| rows.push(row.to_vec()))?;
+            let mut rows = rows.iter();
+            runner.window(&window, |row, target| {
+                let Some(base_row) = rows.next() else { return };
+                let (p, q) = (LogProbs::new(base_row), LogProbs::new(row));
+                divergences.push(p.kl_from(&q));
+                nll -= q.of(target);
+                nll_base -= p.of(target);
+                agree += usize::from(argmax(row) == argmax(base_row));
+                bar.inc(1);
+            })?;
+        }
+        bar.finish_and_clear();
+
+        let n = tokens.len() as f64;
+        let mean = divergences.iter().sum::<f64>() / n;
+        divergences.sort_by(f64::total_cmp);
+        // The smallest value that at least 99 % of tokens do not exceed.
+        let p99 = divergences[(divergences.len() * 99).div_ceil(100).saturating_sub(1)];
+        let (top1, ppl, ppl_base) = (agree as f64 / n, (nll / n).exp(), (nll_base / n).exp());
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            let result = json!({
+                "tokens": tokens.len(), "kl_mean": mean, "kl_p99": p99, "top1": top1, "ppl": ppl, "ppl_base": ppl_base,
+            });
+            writeln!(out, "{result}")?;
+        } else {
+            writeln!(out, "tokens      {}", tokens.len())?;
+            writeln!(out, "KL mean     {mean:.6} nats")?;
+            writeln!(out, "KL 99 %     {p99:.6} nats")?;
+            writeln!(out, "same top-1  {:.2} %", top1 * 100.0)?;
+            writeln!(out, "perplexity  {ppl:.4}, base {ppl_base:.4}, ratio {:.5}", ppl / ppl_base)?;
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// A loaded model and what it takes to run it over windows of text.
+struct Runner {
+    loaded: Loaded,
+    team: Team,
+    kv: gemrun::kv::KvType,
+    batch: usize,
+}
+
+impl Runner {
+    fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
+        let (kv, batch, threads, numerics) = (compute.kv()?, compute.batch()?, threads.count()?, compute.numerics()?);
+        Ok(Runner { loaded: open::load(model, &numerics)?, team: Team::new(threads)?, kv, batch })
+    }
+
+    fn vocab(&self) -> usize {
+        self.loaded.model.config.vocab
+    }
+
+    /// The tokens of `text`, taken as plain text; checks that there are any and that windows of `ctx` are possible.
+    fn tokens(&self, text: &str, ctx: usize, file: &std::path::Path) -> gemrun::Result<Vec<u32>> {
+        if ctx < 2 {
+            return Err(Error::usage(format!("ctx: {ctx}: expected at least 2, <bos> and a token")));
+        }
+        check_context(&self.loaded.model, ctx, &format!("ctx: {ctx}"))?;
+        let tokens = Tokenizer::encode(&self.loaded.tokenizer, text, false);
+        match tokens.is_empty() {
+            true => Err(Error::usage(format!("{}: empty: expected text", file.display()))),
+            false => Ok(tokens),
+        }
+    }
+
+    /// Calls `each` with the logits before each token of `window` but the first, and that token.
+    fn window(&mut self, window: &[u32], mut each: impl FnMut(&[f32], u32)) -> gemrun::Result<()> {
+        let (model, vocab) = (&self.loaded.model, self.vocab());
+        let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
+        let mut state = State::new(model, self.kv, inputs.len(), self.batch)?;
+        self.team.enter(|team| {
+            for (inputs, targets) in inputs.chunks(self.batch).zip(targets.chunks(self.batch)) {
+                let position = state.kv.len();
+                let logits = forward(model, team, &mut state, inputs, Want::All)?;
+                for ((row, &target), position) in logits.chunks(vocab).zip(targets).zip(position..) {
+                    if !all_finite(row) {
+                        let file = self.loaded.gguf.name();
+                        let error = format!("{file}: non-finite logits at position {position}: damaged model file?");
+                        return Err(Error::invalid(error));
+                    }
+                    each(row, target);
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn check_context(model: &Model, tokens: usize, what: &str) -> gemrun::Result<()> {
+    match tokens <= model.config.context {
+        true => Ok(()),
+        false => Err(Error::usage(format!("{what}: expected at most {}, the model's context", model.config.context))),
+    }
+}
+
+/// `bos` and the next `ctx - 1` tokens, until all are used.
+fn windows(tokens: &[u32], ctx: usize, bos: u32) -> impl Iterator<Item = Vec<u32>> {
+    tokens.chunks(ctx - 1).map(move |chunk| [&[bos], chunk].concat())
+}
+
+/// The log-probabilities of one position.
+struct LogProbs<'a> {
+    logits: &'a [f32],
+    /// `ln Σ exp(logit)`.
+    log_sum: f64,
+}
+
+impl LogProbs<'_> {
+    fn new(logits: &[f32]) -> LogProbs<'_> {
+        let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - largest)).sum();
+        LogProbs { logits, log_sum: largest + libm::log(sum) }
+    }
+
+    fn of(&self, token: u32) -> f64 {
+        f64::from(self.logits[token as usize]) - self.log_sum
+    }
+
+    /// Σ p (ln p − ln q), with `self` as p; rounding can make it a hair negative where both are equal.
+    fn kl_from(&self, q: &LogProbs) -> f64 {
+        let terms = self.logits.iter().zip(q.logits).map(|(&p_logit, &q_logit)| {
+            let p = f64::from(p_logit) - self.log_sum;
+            libm::exp(p) * (p - (f64::from(q_logit) - q.log_sum))
+        });
+        terms.sum::<f64>().max(0.0)
+    }
+}
+
+/// A bar on standard error, if that is a terminal.
+fn progress(tokens: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{pos}/{len} tokens {wide_bar} {eta}");
+    ProgressBar::new(tokens as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_predict_each_token_once() {
+        let tokens = [10, 11, 12, 13, 14];
+        let cut: Vec<_> = windows(&tokens, 3, 2).collect();
+        assert_eq!(cut, [vec![2, 10, 11], vec![2, 12, 13], vec![2, 14]]);
+    }
+
+    #[test]
+    fn log_probabilities_of_known_distributions() {
+        let (even, odd) = ([3.0, 3.0], [0.0, libm::logf(3.0)]); // 1/2 1/2 and 1/4 3/4
+        let (p, q) = (LogProbs::new(&even), LogProbs::new(&odd));
+        assert!((p.of(0) - 0.5f64.ln()).abs() < 1e-7);
+        assert!((q.of(1) - 0.75f64.ln()).abs() < 1e-7);
+        let kl = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((p.kl_from(&q) - kl).abs() < 1e-7, "{}", p.kl_from(&q));
+        assert_eq!(p.kl_from(&p), 0.0);
+    }
+}

@@ -1,0 +1,163 @@
+//! The command line: what can be asked for, and how a command ends.
+//!
+//! One file per command. Standard output carries data, standard error talks to people. A command ends with an
+//! [`End`]: an error becomes one line and its exit code, a closed pipe is a quiet success, an interrupt is 130.
+
+mod bench;
+mod eval;
+mod machine;
+mod open;
+mod show;
+mod terminal;
+mod text;
+mod tokenize;
+mod welcome;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use gemrun::{Error, Kind};
+
+/// Runs Gemma 4 GGUF files on this computer's CPU.
+#[derive(Parser)]
+#[command(
+    name = "gemrun",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true,
+    after_help = "MODEL is a name (demo, e2b, ...) or the path of a GGUF file.\n\n\
+        Example: gemrun run demo \"Once upon a time\"\n\n\
+        Environment:\n  \
+        GEMRUN_HOME     where models and the chat history are kept\n  \
+        GEMRUN_THREADS  default of --threads\n  \
+        GEMRUN_KERNEL   default of --kernel\n  \
+        NO_COLOR        no colours if set\n\n\
+        Exit codes: 0 ok, 1 other failure, 2 usage, 3 not found, 4 does not fit in memory, 5 invalid file,\n\
+        6 unsupported CPU, format or architecture, 10 self-test failed, 130 interrupted"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Show(show::Show),
+    Tokenize(tokenize::Tokenize),
+    Detokenize(tokenize::Detokenize),
+    Eval(eval::Eval),
+    Bench(bench::Bench),
+}
+
+/// Why a command stopped before it was done.
+pub enum End {
+    /// Something is wrong: one line, and the error's exit code.
+    Error(Error),
+    /// Nobody reads standard output any more: success, silently.
+    Pipe,
+    /// The user stopped it.
+    Interrupted,
+}
+
+/// What a command returns.
+pub type Result<T = ()> = std::result::Result<T, End>;
+
+impl From<Error> for End {
+    fn from(error: Error) -> End {
+        match error.kind() {
+            Kind::Interrupted => End::Interrupted,
+            _ => End::Error(error),
+        }
+    }
+}
+
+/// Only writing to standard output may use `?` on an I/O error; files go through [`Error::io`], which knows their name.
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> End {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => End::Pipe,
+            _ => End::Error(Error::io(std::path::Path::new("standard output"), &error)),
+        }
+    }
+}
+
+/// Parses the arguments, runs the command, reports how it ended.
+pub fn main() -> ExitCode {
+    let end = match Cli::try_parse() {
+        Ok(cli) => run(cli.command),
+        // Help and version come as errors too; that nobody reads them is none.
+        Err(help) if !help.use_stderr() => return help.print().map_or(ExitCode::SUCCESS, |()| ExitCode::SUCCESS),
+        Err(usage) => Err(Error::usage(one_line(&usage.render().to_string())).into()),
+    };
+    match end {
+        Ok(()) | Err(End::Pipe) => ExitCode::SUCCESS,
+        Err(End::Interrupted) => ExitCode::from(130),
+        Err(End::Error(error)) => {
+            terminal::error(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// What is wrong according to clap, without its paragraphs on usage.
+fn one_line(message: &str) -> String {
+    let paragraphs = message.trim().split("\n\n");
+    let telling = paragraphs.filter(|text| !text.starts_with("Usage:") && !text.starts_with("For more information"));
+    let lines: Vec<String> = telling.map(|text| text.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let text = lines.join("; ");
+    format!("{}; see --help", text.strip_prefix("error: ").unwrap_or(&text))
+}
+
+fn run(command: Option<Command>) -> Result {
+    match command {
+        None => welcome::welcome(),
+        Some(Command::Show(show)) => show.run(),
+        Some(Command::Tokenize(tokenize)) => tokenize.run(),
+        Some(Command::Detokenize(detokenize)) => detokenize.run(),
+        Some(Command::Eval(eval)) => eval.run(),
+        Some(Command::Bench(bench)) => bench.run(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    #[test]
+    fn arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage_errors_are_one_line() {
+        let error = |arguments: &[&str]| match super::Cli::try_parse_from(arguments) {
+            Err(error) => super::one_line(&error.render().to_string()),
+            Ok(_) => panic!("{arguments:?} were accepted"),
+        };
+        assert_eq!(
+            error(&["gemrun", "run", "demo", "hi", "--temp", "warm"]),
+            "invalid value 'warm' for '--temp <X>': invalid float literal; see --help"
+        );
+        assert_eq!(
+            error(&["gemrun", "show", "--jsn", "demo"]),
+            "unexpected argument '--jsn' found; tip: a similar argument exists: '--json'; see --help"
+        );
+    }
+
+    /// The help texts, as people see them. Every command shows an example.
+    #[test]
+    fn help() {
+        let mut command = super::Cli::command();
+        let mut pages = vec![command.render_long_help().to_string()];
+        let mut visit: Vec<clap::Command> = command.get_subcommands().cloned().collect();
+        while let Some(mut sub) = visit.pop() {
+            visit.extend(sub.get_subcommands().cloned());
+            let page = sub.render_long_help().to_string();
+            assert!(page.contains("Example"), "{} --help shows no example", sub.get_name());
+            pages.push(format!("==== {}\n{page}", sub.get_name()));
+        }
+        pages[1..].sort();
+        insta::assert_snapshot!(pages.join("\n"));
+    }
+}

@@ -1,0 +1,336 @@
+//! `gemrun show`: what a file holds, for people or as JSON.
+//!
+//! Any valid GGUF can be looked at, also one that cannot be run; a Gemma 4 file whose tensors contradict its
+//! hyper-parameters is refused as it would be by `run`.
+
+use std::ffi::OsString;
+use std::io::Write;
+
+use clap::Args;
+use gemrun::config::ARCHITECTURE;
+use gemrun::error::printable;
+use gemrun::gguf::{Gguf, Tensor, Value};
+use gemrun::model::Model;
+use gemrun::sample::all_finite;
+use gemrun::weight::Numerics;
+use gemrun::{Error, Kind};
+use gemrun_simd::Format;
+use serde_json::{Map, json};
+
+use super::{Result, open, terminal};
+
+/// Show what a model file holds
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    gemrun show demo\n  \
+    gemrun show ./model.gguf --tensors\n  \
+    gemrun show e2b --json | jq .metadata\n\n\
+    Shapes are in the file's order, fastest dimension first. Offsets count from the start of the tensor data.\n\
+    In JSON, arrays of more than 64 entries are given by type, length and first entries.")]
+pub struct Show {
+    /// Model name or path of a GGUF file
+    model: OsString,
+    /// Print everything as JSON
+    #[arg(long)]
+    json: bool,
+    /// List the tensors
+    #[arg(long)]
+    tensors: bool,
+    /// List the metadata
+    #[arg(long)]
+    kv: bool,
+    /// Read all tensor data and refuse values that are not finite
+    #[arg(long)]
+    check_data: bool,
+}
+
+/// Arrays with more entries than this are abbreviated.
+const LONG: usize = 64;
+/// Entries shown of an abbreviated array.
+const FIRST: usize = 8;
+/// Characters of a metadata value shown to people.
+const VALUE_WIDTH: usize = 80;
+
+impl Show {
+    pub fn run(self) -> Result {
+        let gguf = open::gguf(&self.model)?;
+        let summary = Summary::of(&gguf);
+        if summary.architecture.as_deref() == Some(ARCHITECTURE) && !gguf.tensors().is_empty() {
+            match Model::load(&gguf, &Numerics::default()) {
+                Err(error) if error.kind() == Kind::Unsupported => {
+                    terminal::eprintln_quietly(format_args!("note: this file cannot be run: {error}"));
+                }
+                checked => drop(checked?),
+            }
+        }
+        if self.check_data {
+            check_data(&gguf)?;
+        }
+        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        if self.json {
+            let text = serde_json::to_string_pretty(&summary.json(&gguf)).map_err(std::io::Error::from)?;
+            writeln!(out, "{}", harmless_json(&text))?;
+        } else {
+            summary.print(&gguf, &mut out)?;
+            if self.kv {
+                print_metadata(&gguf, &mut out)?;
+            }
+            if self.tensors {
+                print_tensors(&gguf, &mut out)?;
+            }
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// The figures people ask for first.
+struct Summary {
+    architecture: Option<String>,
+    name: Option<String>,
+    parameters: u64,
+    hot_bytes: u64,
+    ple_bytes: u64,
+    context_length: Option<u64>,
+}
+
+impl Summary {
+    fn of(gguf: &Gguf) -> Summary {
+        let text = |key: &str| match gguf.get(key) {
+            Some(Value::Str(bytes)) => Some(readable(bytes)),
+            _ => None,
+        };
+        let architecture = text("general.architecture");
+        let context_length = architecture.as_ref().and_then(|arch| {
+            let value = gguf.get(&format!("{arch}.context_length"))?;
+            u64::try_from(value.as_int()?).ok()
+        });
+        // Embedding tables are read a row at a time, towers for images and sound not at all.
+        let tied = gguf.tensor("output.weight").is_none();
+        let hot = |tensor: &&Tensor| match tensor.name.as_str() {
+            "per_layer_token_embd.weight" => false,
+            "token_embd.weight" => tied,
+            name => !["v.", "a.", "mm."].iter().any(|tower| name.starts_with(tower)),
+        };
+        let sum = |value: fn(&Tensor) -> u64, tensors: &mut dyn Iterator<Item = &Tensor>| {
+            tensors.map(value).fold(0, u64::saturating_add)
+        };
+        Summary {
+            name: text("general.name"),
+            parameters: sum(Tensor::elements, &mut gguf.tensors().iter()),
+            hot_bytes: sum(|t| t.bytes, &mut gguf.tensors().iter().filter(hot)),
+            ple_bytes: gguf.tensor("per_layer_token_embd.weight").map_or(0, |tensor| tensor.bytes),
+            architecture,
+            context_length,
+        }
+    }
+
+    fn json(&self, gguf: &Gguf) -> serde_json::Value {
+        let metadata: Map<_, _> = gguf.metadata().map(|(key, value)| (key.to_string(), json_value(&value))).collect();
+        let tensor = |t: &Tensor| json!({ "name": t.name, "type": type_name(t), "shape": t.shape(), "offset": t.offset, "bytes": t.bytes });
+        json!({
+            "architecture": self.architecture,
+            "name": self.name,
+            "parameters": self.parameters,
+            "file_bytes": gguf.file_bytes(),
+            "hot_bytes": self.hot_bytes,
+            "ple_bytes": self.ple_bytes,
+            "context_length": self.context_length,
+            "metadata": metadata,
+            "tensors": gguf.tensors().iter().map(tensor).collect::<Vec<_>>(),
+        })
+    }
+
+    fn print(&self, gguf: &Gguf, out: &mut impl Write) -> Result {
+        let unknown = || "not given".to_string();
+        let name = self.name.as_deref().map(printable).unwrap_or_else(unknown);
+        let architecture = self.architecture.as_deref().map(printable).unwrap_or_else(unknown);
+        writeln!(out, "file            {}", printable(gguf.name()))?;
+        writeln!(out, "name            {name}")?;
+        writeln!(out, "architecture    {architecture}")?;
+        writeln!(out, "parameters      {}", count(self.parameters))?;
+        writeln!(out, "context length  {}", self.context_length.map_or_else(unknown, |n| n.to_string()))?;
+        writeln!(out, "file size       {}", bytes(gguf.file_bytes()))?;
+        writeln!(out, "read per token  at most {}", bytes(self.hot_bytes))?;
+        if self.ple_bytes > 0 {
+            writeln!(out, "read by the row {} of per-layer embeddings", bytes(self.ple_bytes))?;
+        }
+        writeln!(out, "metadata        {} keys", gguf.metadata().count())?;
+        writeln!(out, "tensors         {}", gguf.tensors().len())?;
+        let mut types: Vec<(String, u64, u64)> = Vec::new();
+        for tensor in gguf.tensors() {
+            let kind = type_name(tensor);
+            match types.iter_mut().find(|(known, ..)| *known == kind) {
+                Some((_, tensors, size)) => (*tensors, *size) = (*tensors + 1, size.saturating_add(tensor.bytes)),
+                None => types.push((kind, 1, tensor.bytes)),
+            }
+        }
+        types.sort_by_key(|(_, _, size)| std::cmp::Reverse(*size));
+        for (kind, tensors, size) in types {
+            writeln!(out, "  {kind:<8} {tensors:>5}  {:>10}", bytes(size))?;
+        }
+        Ok(())
+    }
+}
+
+fn print_metadata(gguf: &Gguf, out: &mut impl Write) -> Result {
+    writeln!(out)?;
+    for (key, value) in gguf.metadata() {
+        let text = match &value {
+            Value::Str(bytes) => readable(bytes),
+            Value::Array(array) if array.len() <= FIRST => {
+                format!("[{}]", array.values().map(|value| value.to_string()).collect::<Vec<_>>().join(", "))
+            }
+            Value::Array(array) => {
+                let first: Vec<_> = array.values().take(FIRST).map(|value| value.to_string()).collect();
+                format!("[{}, ...] ({} entries)", first.join(", "), array.len())
+            }
+            scalar => scalar.to_string(),
+        };
+        let mut text = printable(&text);
+        if let Some((cut, _)) = text.char_indices().nth(VALUE_WIDTH) {
+            text.truncate(cut);
+            text.push_str("...");
+        }
+        writeln!(out, "{} = {text}", printable(key))?;
+    }
+    Ok(())
+}
+
+fn print_tensors(gguf: &Gguf, out: &mut impl Write) -> Result {
+    writeln!(out)?;
+    for tensor in gguf.tensors() {
+        let shape: Vec<String> = tensor.shape().iter().map(u64::to_string).collect();
+        let (name, kind, size) = (printable(&tensor.name), type_name(tensor), bytes(tensor.bytes));
+        writeln!(out, "{name:<36} {kind:<6} {:<16} {size:>10}", shape.join(" x "))?;
+    }
+    Ok(())
+}
+
+/// Unpacks every tensor, a row at a time, and looks at each value.
+fn check_data(gguf: &Gguf) -> Result {
+    for tensor in gguf.tensors() {
+        let Some(format) = Format::from_ggml(tensor.type_id) else {
+            let note = format_args!("note: {}: {} is not supported, not checked", tensor.name, type_name(tensor));
+            terminal::eprintln_quietly(note);
+            continue;
+        };
+        let cols = tensor.shape().first().map_or(1, |&cols| cols as usize);
+        let data = gguf.bytes(tensor);
+        let row_bytes = format.row_bytes(cols).unwrap_or(data.len()).max(1);
+        let mut values = vec![0.0; cols];
+        for (row, bytes) in data.chunks_exact(row_bytes).enumerate() {
+            format.unpack_row(bytes, &mut values);
+            if !all_finite(&values) {
+                let error = format!("{}: tensor {}: row {row}: value is not finite", gguf.name(), tensor.name);
+                return Err(Error::invalid(error).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn type_name(tensor: &Tensor) -> String {
+    match tensor.type_name() {
+        "?" => format!("type {}", tensor.type_id),
+        name => name.to_string(),
+    }
+}
+
+/// The text of a string that should be UTF-8; bytes that are not are shown as `\xHH`.
+fn readable(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")));
+    }
+    text
+}
+
+fn json_value(value: &Value) -> serde_json::Value {
+    match value {
+        Value::U8(n) => (*n).into(),
+        Value::I8(n) => (*n).into(),
+        Value::U16(n) => (*n).into(),
+        Value::I16(n) => (*n).into(),
+        Value::U32(n) => (*n).into(),
+        Value::I32(n) => (*n).into(),
+        Value::U64(n) => (*n).into(),
+        Value::I64(n) => (*n).into(),
+        // The shortest decimal that reads back as the same f32, not the f64 it widens to.
+        Value::F32(x) => x.to_string().parse().map_or(serde_json::Value::Null, |x: f64| x.into()),
+        Value::F64(x) => (*x).into(),
+        Value::Bool(b) => (*b).into(),
+        Value::Str(bytes) => readable(bytes).into(),
+        Value::Array(array) if array.len() > LONG => {
+            let first: Vec<_> = array.values().take(FIRST).map(|value| json_value(&value)).collect();
+            json!({ "type": array.elem().name(), "len": array.len(), "first": first })
+        }
+        Value::Array(array) => array.values().map(|value| json_value(&value)).collect(),
+    }
+}
+
+/// Escapes what JSON allows but a terminal should not get: DEL, C1 controls, line separators, bidirectional
+/// overrides. All of them can only stand inside strings, and all are below U+10000.
+fn harmless_json(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' => out.push(c),
+            c if printable(c.encode_utf8(&mut [0; 4])).chars().eq([c]) => out.push(c),
+            c => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+        }
+    }
+    out
+}
+
+/// `3.35 GB`.
+fn bytes(n: u64) -> String {
+    match n {
+        0..1_000 => format!("{n} B"),
+        1_000..1_000_000 => format!("{:.2} kB", n as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.2} MB", n as f64 / 1e6),
+        _ => format!("{:.2} GB", n as f64 / 1e9),
+    }
+}
+
+/// `4.63 billion`.
+fn count(n: u64) -> String {
+    match n {
+        0..1_000_000 => n.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.2} million", n as f64 / 1e6),
+        _ => format!("{:.2} billion", n as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_that_are_not_utf8_are_readable() {
+        assert_eq!(readable("ü".as_bytes()), "ü");
+        assert_eq!(readable(b"a\xff\xc3b"), "a\\xff\\xc3b");
+    }
+
+    #[test]
+    fn json_holds_no_control_characters_and_reads_back() {
+        let value = json!({ "a": "\u{1b}[0m\u{9b}\u{7f}\u{202e}\u{2028}ü" });
+        let text = harmless_json(&value.to_string());
+        assert!(text.chars().all(|c| !c.is_control() && c != '\u{202e}'), "{text}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
+    }
+
+    #[test]
+    fn floats_are_as_short_as_they_can_be() {
+        assert_eq!(json_value(&Value::F32(1e-6)).to_string(), "1e-6");
+        assert_eq!(json_value(&Value::F32(0.95)).to_string(), "0.95");
+        assert_eq!(json_value(&Value::F32(f32::NAN)), serde_json::Value::Null);
+    }
+
+    #[test]
+    fn sizes_in_words() {
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(3_349_516_256), "3.35 GB");
+        assert_eq!(count(2_730_000), "2.73 million");
+    }
+}

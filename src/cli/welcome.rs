@@ -1,0 +1,42 @@
+//! `gemrun` alone: what this is, what it runs on, what to type next.
+
+use std::io::Write;
+
+use gemrun::registry::{self, Registry, Source};
+
+use super::terminal::Style;
+use super::{Result, machine};
+
+/// Prints the first-run screen.
+pub fn welcome() -> Result {
+    let style = Style::stdout();
+    let (bold, plain, dim) = (style.bold(), style.plain(), style.dim());
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{bold}gemrun {}{plain}  Gemma 4 on the CPU, from GGUF files", env!("CARGO_PKG_VERSION"))?;
+    writeln!(out)?;
+    let threads = machine::threads();
+    let isa = gemrun_simd::Isa::best().name();
+    writeln!(out, "  cpu     {}, {threads} thread{}, {isa}", machine::cpu(), if threads == 1 { "" } else { "s" })?;
+    if let Some((total, available)) = machine::memory() {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        writeln!(out, "  memory  {:.1} GiB, {:.1} GiB available", gib(total), gib(available))?;
+    }
+    writeln!(out)?;
+    writeln!(out, "Try it:  {bold}gemrun run demo{plain}")?;
+    writeln!(out)?;
+
+    let home = registry::home();
+    writeln!(out, "Models known by name:")?;
+    for (name, entry) in Registry::builtin()?.models() {
+        let size = entry.bytes.map(|bytes| format!("{:>5.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
+        let state = match Registry::builtin()?.find(name, home.as_deref()) {
+            Ok(Source::Embedded(_)) => "built in",
+            Ok(Source::File(_)) => "ready",
+            Err(_) => "not downloaded",
+        };
+        writeln!(out, "  {name:<8} {size:>8}  {dim}{state:<14}{plain}  {}", entry.title)?;
+    }
+    writeln!(out)?;
+    writeln!(out, "A path works as well: gemrun run ./model.gguf. All commands: gemrun --help")?;
+    Ok(out.flush()?)
+}
