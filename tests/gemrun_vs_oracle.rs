@@ -105,14 +105,57 @@ fn window_edges() {
     }
 }
 
-/// Long enough that sliding layers have overwritten their oldest positions more than once.
+/// Sliding and full layers, owners and sharers, all small.
+fn tiny(seed: u64) -> Spec {
+    let small = Spec { dim: 64, ff: 64, ff_shared: 64, window: 24, ..Spec::per_layer(seed) };
+    Spec { layers: "SFSF", shared: 2, ..small }.all_in("Q8_0")
+}
+
+/// Long enough that sliding layers have overwritten their oldest positions more than once, with chunks from far below
+/// the window to far above it.
 #[test]
 fn long_sequences() {
-    let spec = Spec { dim: 64, ff: 64, ff_shared: 64, window: 24, ..Spec::per_layer(11).all_in("Q8_0") };
-    let case = Case::new(spec, 1500);
-    for batch in [1, 17, 512] {
+    let case = Case::new(tiny(11), 2000);
+    for batch in [1, 17, 900] {
         case.check(Way { batch, threads: 2, ..EXACT });
     }
+}
+
+/// Tokens are added and taken back at random. What is left must be continued with the bits of a run that never held
+/// anything else; a length that cannot be returned to must be refused by forgetting everything.
+#[test]
+fn taking_tokens_back() {
+    const LEN: usize = 1600;
+    const BATCH: usize = 64;
+    let spec = tiny(13);
+    let vocab = spec.vocab;
+    let tokens = synth::tokens(&spec, LEN);
+    let gguf = Gguf::from_bytes("synthetic.gguf", synth::gguf(&spec)).unwrap();
+    let expected = run::logits(&gguf, &tokens, run::INT8);
+    let model = Model::load(&gguf, &Numerics::default()).unwrap();
+    let mut state = State::new(&model, KvType::F32, LEN, BATCH).unwrap();
+    let mut random = synth::tokens(&Spec { seed: 14, vocab: 1 << 20, ..spec }, 1000).into_iter().map(|r| r as usize);
+    let (mut kept, mut refused) = (0, 0);
+    Team::new(1).unwrap().enter(|team| {
+        while let (Some(add), Some(take)) = (random.next(), random.next()) {
+            let first = state.kv.len();
+            let add = (1 + add % BATCH).min(LEN - first);
+            let logits = forward(&model, team, &mut state, &tokens[first..first + add], Want::All).unwrap();
+            assert!(logits == &expected[first * vocab..(first + add) * vocab], "positions from {first}");
+            if take % 16 == 0 || first + add == LEN {
+                let wanted = (first + add).saturating_sub(take / 16 % 1000);
+                match state.truncate(&model, wanted) {
+                    0 if wanted > 0 => refused += 1,
+                    len => {
+                        assert_eq!(len, wanted);
+                        kept += 1;
+                    }
+                }
+            }
+        }
+    });
+    println!("{kept} times taken back, {refused} times refused");
+    assert!(kept > 10 && refused > 0);
 }
 
 /// Sliding layers only, so that the last logits depend on a few tokens and the oracle need not see the others.
