@@ -1,0 +1,78 @@
+//! The promise that logits depend on the file, the tokens and the flags that name numerics, and on nothing else:
+//! not on the instruction set, the number of threads, or how the tokens were cut into chunks.
+//!
+//! On one machine all of these are compared bit by bit. Between machines the recorded digests do it.
+
+mod common;
+mod oracle;
+
+use common::golden;
+use common::run::{self, EXACT, INT8, Way};
+use gemrun::gguf::Gguf;
+use gemrun::kv::KvType;
+use gemrun::weight::Act;
+use gemrun_simd::Isa;
+use oracle::dequant::FORMATS;
+use oracle::synth::{self, Spec};
+use sha2::{Digest, Sha256};
+
+/// Digests of the logits of 64 tokens: (model, int8 activations and f16 cache, f32 activations and cache).
+///
+/// They may change only together with the definition of a result, and such a change belongs in the change log: every
+/// saved conversation and recorded seed gives other text from then on.
+const RECORDED: [(&str, &str, &str); 3] = [
+    ("a_eseries", "f4e90e059ba3cbfc", "13b93432001d123f"),
+    ("b_dense", "f73c7cfced604fa2", "74f99a7df84ea642"),
+    ("c_moe", "152483cf94ccbf85", "b33c5ed0b8183303"),
+];
+
+fn digest(logits: &[f32]) -> String {
+    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
+    Sha256::digest(bytes)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn isas() -> impl Iterator<Item = Option<Isa>> {
+    Isa::ALL.into_iter().filter(|isa| isa.supported()).map(Some)
+}
+
+#[test]
+fn digests_are_the_recorded_ones() {
+    for (name, int8, float) in RECORDED {
+        let file = golden::path(name, &format!("{name}-q4_0-pure.gguf")).unwrap();
+        let gguf = Gguf::open(&file).unwrap();
+        let tokens = golden::tokens(name, 64);
+        let usual = Way { kv: KvType::F16, ..INT8 };
+        for isa in isas() {
+            for (batch, threads) in [(64, 1), (1, 2), (7, 3), (40, 8)] {
+                let way = Way { batch, threads, isa, ..usual };
+                let found = digest(&run::logits(&gguf, &tokens, way));
+                assert_eq!(found, int8, "{name} {way:?}");
+            }
+            let way = Way { isa, ..EXACT };
+            let found = digest(&run::logits(&gguf, &tokens, way));
+            assert_eq!(found, float, "{name} {way:?}");
+        }
+    }
+}
+
+#[test]
+fn every_format_on_every_isa() {
+    for (i, format) in FORMATS.iter().enumerate() {
+        let spec = Spec { dim: 256, ff: 256, layers: "SFS", shared: 1, ..Spec::per_layer(i as u64) };
+        let file = synth::gguf(&spec.clone().all_in(format.name));
+        let gguf = Gguf::from_bytes("synthetic.gguf", file).unwrap();
+        let tokens = synth::tokens(&spec, 9);
+        for act in [Act::Int8, Act::Float] {
+            let bits = |isa, batch| -> Vec<u32> {
+                let way = Way { act, isa, batch, threads: 2, ..EXACT };
+                run::logits(&gguf, &tokens, way).into_iter().map(f32::to_bits).collect()
+            };
+            let expected = bits(Some(Isa::Scalar), 9);
+            for isa in isas() {
+                for batch in [9, 4, 1] {
+                    assert!(bits(isa, batch) == expected, "{} {act:?} {isa:?} in chunks of {batch}", format.name);
+                }
+            }
+        }
+    }
+}
