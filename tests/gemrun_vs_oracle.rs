@@ -95,6 +95,20 @@ fn every_format_beside_others() {
     }
 }
 
+/// Layer by layer, so that a mistake is found where it is made.
+#[test]
+fn hidden_states() {
+    for spec in [Spec::dense(31), Spec::per_layer(32), Spec::moe(33)] {
+        let case = Case::new(spec.all_in("Q4_0"), 20);
+        let gguf = Gguf::from_bytes("synthetic.gguf", case.file.clone()).unwrap();
+        let seen = run::hidden(&gguf, &case.tokens, EXACT);
+        assert_eq!(seen.len(), case.trace.hidden.len());
+        for (layer, (ours, expected)) in seen.iter().zip(&case.trace.hidden).enumerate() {
+            assert_close(&expected.concat(), ours, || format!("hidden state {layer} of {:?}", case.spec));
+        }
+    }
+}
+
 /// Each length around the window, and windows that no chunk or block of the cache divides.
 #[test]
 fn window_edges() {

@@ -15,7 +15,6 @@ use gemrun::model::Model;
 use gemrun::team::Team;
 use gemrun::weight::Numerics;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 /// Five times the noise of f32 on these models.
 const TOLERANCE: f64 = 2e-4;
@@ -95,22 +94,11 @@ fn load(model: &str) -> Option<Model> {
 #[test]
 fn hidden_states_of_exact_weights() {
     for name in golden::MODELS {
-        let Some(model) = load(name) else {
+        let Some(file) = golden::path(name, &format!("{name}-bf16.gguf")) else {
             continue;
         };
-        let tokens = golden::tokens(name, 64);
-        let mut state = State::new(&model, KvType::F32, tokens.len(), tokens.len()).unwrap();
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let tapped = Arc::clone(&seen);
-        state.tap = Some(Box::new(move |tensor, _, values| {
-            if ["inp_scaled", "l_out", "result_norm"].contains(&tensor) {
-                tapped.lock().unwrap().push(values.to_vec());
-            }
-        }));
-        Team::new(2).unwrap().enter(|team| forward(&model, team, &mut state, &tokens, Want::All).map(drop)).unwrap();
-
+        let seen = run::hidden(&Gguf::open(&file).unwrap(), &golden::tokens(name, 64), EXACT);
         let expected = golden::array(name, "hidden_len64.npy").unwrap();
-        let seen = seen.lock().unwrap();
         assert_eq!(seen.len(), expected.shape[0]);
         let layers = expected.values.chunks_exact(expected.values.len() / expected.shape[0]);
         for (layer, (expected, ours)) in layers.zip(seen.iter()).enumerate() {

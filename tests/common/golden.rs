@@ -32,7 +32,7 @@ pub fn path(model: &str, file: &str) -> Option<PathBuf> {
     if outside.exists() {
         return Some(outside);
     }
-    eprintln!("note: skipped, there is no {}", outside.display());
+    eprintln!("note: skipped, there is no ../shared/golden/models/{model}/{file}");
     None
 }
 

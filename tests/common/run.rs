@@ -7,6 +7,7 @@ use gemrun::model::Model;
 use gemrun::team::Team;
 use gemrun::weight::{Act, Numerics};
 use gemrun_simd::{Choice, Isa};
+use std::sync::mpsc;
 
 /// How the engine is run; of this only `act` and `kv` may change a bit.
 #[derive(Clone, Copy, Debug)]
@@ -26,10 +27,14 @@ pub const EXACT: Way = Way { act: Act::Float, kv: KvType::F32, batch: 64, thread
 /// What a user gets, but for the f16 cache.
 pub const INT8: Way = Way { act: Act::Auto, ..EXACT };
 
+fn load(gguf: &Gguf, way: Way) -> Model {
+    let kernel = Choice { isa: way.isa.unwrap_or(Isa::best()), ..Choice::default() };
+    Model::load(gguf, &Numerics { act: way.act, kernel }).unwrap()
+}
+
 /// Logits of every position: (tokens, vocab).
 pub fn logits(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<f32> {
-    let kernel = Choice { isa: way.isa.unwrap_or(Isa::best()), ..Choice::default() };
-    let model = Model::load(gguf, &Numerics { act: way.act, kernel }).unwrap();
+    let model = load(gguf, way);
     let mut state = State::new(&model, way.kv, tokens.len(), way.batch).unwrap();
     let mut logits = Vec::new();
     Team::new(way.threads).unwrap().enter(|team| {
@@ -38,4 +43,22 @@ pub fn logits(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<f32> {
         }
     });
     logits
+}
+
+/// Hidden states of all tokens as one chunk, (layers + 2, tokens · dim): the scaled embedding, each layer's output, the
+/// output of the final norm.
+pub fn hidden(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<Vec<f32>> {
+    let model = load(gguf, way);
+    let mut state = State::new(&model, way.kv, tokens.len(), tokens.len()).unwrap();
+    let (sender, seen) = mpsc::channel();
+    state.tap = Some(Box::new(move |tensor, _, values| {
+        if ["inp_scaled", "l_out", "result_norm"].contains(&tensor) {
+            sender.send(values.to_vec()).unwrap();
+        }
+    }));
+    Team::new(way.threads)
+        .unwrap()
+        .enter(|team| forward(&model, team, &mut state, tokens, Want::All).map(drop))
+        .unwrap();
+    seen.try_iter().collect()
 }
