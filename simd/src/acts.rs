@@ -1,9 +1,14 @@
 //! Activations as the kernels read them: the f32 rows, and the same rounded to int8 in groups of 32.
 //!
-//! The one idea: a group's scale is amax/127 and its integers are x·(127/amax) rounded half to even,
-//! within ±127, with the same bits on every ISA. The largest magnitude is found on the bits, where
-//! infinity and NaN beat every number: a damaged model shows as a non-finite scale, hence non-finite
-//! logits, and never as zeros. Sums of 16 integers go along, for formats with minima or biased weights.
+//! The one idea: integers are x / scale rounded half to even, within ±127, with the same bits on every ISA. What is
+//! left to choose is the scale. amax / 127 is the obvious one; trying a few slightly larger ones and keeping the one whose
+//! integers, times their own least-squares scale, lie closest to x makes the squared error about a third smaller for a
+//! cost that is lost beside the matrix product. The squared error is Σx² − (Σxq)²/Σq², so the best scale has the largest
+//! (Σxq)²/Σq², and the least-squares scale is Σxq/Σq².
+//!
+//! The largest magnitude is found on the bits, where infinity and NaN beat every number: a damaged model shows as a
+//! non-finite scale, hence non-finite logits, and never as zeros. Sums of 16 integers go along, for formats with minima
+//! or biased weights.
 
 #![forbid(unsafe_code)]
 

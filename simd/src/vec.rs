@@ -378,14 +378,33 @@ mod body {
                 top = top.max(x.to_bits() & 0x7fff_ffff);
             }
             let amax = f32::from_bits(top);
-            let inverse = if amax < TINY { 0.0 } else { 127.0 / amax };
-            *scale = if amax < TINY { 0.0 } else { amax / 127.0 };
-            const ROUND: f32 = 12_582_912.0; // 1.5·2^23, see `exp`
+            if !(TINY..=f32::MAX).contains(&amax) {
+                // All but zero, or damaged: a non-finite scale makes every product with the group non-finite.
+                *scale = if amax < TINY { 0.0 } else { amax };
+                *q = [0; 32];
+                *sums = [0; 2];
+                continue;
+            }
+            let unit = 1.0 / amax;
+            let (mut best, mut best_inverse) = (-1.0, 0.0);
+            for level in 0..LEVELS {
+                let inverse = (127.0 - STEP * level as f32) * unit;
+                let (mut xq, mut qq) = ([0.0; LANES], [0.0; LANES]);
+                for l in 0..LANES {
+                    let q = x[l].mul_add(inverse, ROUND) - ROUND;
+                    xq[l] = x[l] * unit * q;
+                    qq[l] = q * q;
+                }
+                let (xq, qq) = (H::tree(xq), H::tree(qq));
+                let explained = xq * xq / qq;
+                if explained > best {
+                    (best, best_inverse) = (explained, inverse);
+                    *scale = xq / qq * amax;
+                }
+            }
             for l in 0..32 {
-                let v = x[l] * inverse;
-                let nearest = (v + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                let number = if v.is_nan() { 0 } else { nearest };
-                q[l] = number.clamp(-127, 127) as i8;
+                let nearest = x[l].mul_add(best_inverse, ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                q[l] = nearest.clamp(-127, 127) as i8;
             }
             for (sum, q) in sums.iter_mut().zip(q.as_chunks::<16>().0) {
                 let mut s = 0;
@@ -399,6 +418,11 @@ mod body {
 
     /// Below this, 127/amax could overflow; such a group counts as zero.
     const TINY: f32 = 1e-30;
+    /// Scales tried for a group: the largest magnitude becomes 127, 127 − STEP, 127 − 2·STEP, …
+    const LEVELS: usize = 10;
+    const STEP: f32 = 0.5;
+    /// 1.5·2^23: adding it rounds to the nearest integer, half to even, see `exp`.
+    const ROUND: f32 = 12_582_912.0;
 }
 
 /// Passes the signature of every function to a macro, after what is to stand before them.
