@@ -10,6 +10,7 @@ pub mod ops;
 pub mod registry;
 pub mod sample;
 pub mod team;
+pub mod template;
 pub mod tokenizer;
 pub mod weight;
 
