@@ -9,6 +9,7 @@ pub mod model;
 pub mod ops;
 pub mod registry;
 pub mod sample;
+pub mod session;
 pub mod team;
 pub mod template;
 pub mod tokenizer;

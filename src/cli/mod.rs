@@ -4,10 +4,13 @@
 //! [`End`]: an error becomes one line and its exit code, a closed pipe is a quiet success, an interrupt is 130.
 
 mod bench;
+mod chat;
 mod eval;
 mod machine;
 mod open;
+mod run;
 mod show;
+mod template;
 mod terminal;
 mod text;
 mod tokenize;
@@ -43,9 +46,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(run::Run),
     Show(show::Show),
     Tokenize(tokenize::Tokenize),
     Detokenize(tokenize::Detokenize),
+    Template(template::Template),
     Eval(eval::Eval),
     Bench(bench::Bench),
 }
@@ -112,9 +117,11 @@ fn one_line(message: &str) -> String {
 fn run(command: Option<Command>) -> Result {
     match command {
         None => welcome::welcome(),
+        Some(Command::Run(run)) => run.run(),
         Some(Command::Show(show)) => show.run(),
         Some(Command::Tokenize(tokenize)) => tokenize.run(),
         Some(Command::Detokenize(detokenize)) => detokenize.run(),
+        Some(Command::Template(template)) => template.run(),
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
     }

@@ -1,0 +1,428 @@
+//! The chat: a prompt, the answer as it comes, a line of figures.
+//!
+//! Ctrl-C ends a reply and keeps the chat; at the prompt, twice, it ends the program, as does Ctrl-D. Lines that
+//! begin with a slash are commands. What was typed is remembered in a history file, what was answered is not.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+
+use gemrun::session::{End as Why, Event, Reply};
+use rustyline::error::ReadlineError;
+use rustyline::history::FileHistory;
+use rustyline::{Config, Editor};
+
+use super::run::{Talk, Wait, history_file, reset};
+use super::terminal::{Shown, Style, eprintln_quietly};
+use super::{End, Result};
+
+const HELP: &str = "\
+/help            this list
+/new             forget the conversation; the system prompt stays
+/system TEXT     set the system prompt; without TEXT, remove it
+/think on|off    let the model think before it answers
+/regen           another answer to the last message
+/undo            take the last message and its answer back
+/stats           what the conversation holds
+/exit            leave, as does Ctrl-D
+
+\"\"\" begins a message of several lines and ends it. Ctrl-C stops an answer and keeps what was said.";
+
+/// What a line asks for.
+#[derive(Debug, PartialEq)]
+enum Line<'a> {
+    Nothing,
+    Say(&'a str),
+    Help,
+    New,
+    System(&'a str),
+    Think(Option<bool>),
+    Regenerate,
+    Undo,
+    Stats,
+    Exit,
+    Unknown(&'a str),
+}
+
+impl Line<'_> {
+    fn parse(line: &str) -> Line<'_> {
+        let line = line.trim();
+        if line.is_empty() {
+            return Line::Nothing;
+        }
+        let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let rest = rest.trim();
+        // `/usr/bin is full` is something to say.
+        let is_command = word.strip_prefix('/').is_some_and(|name| !name.contains('/'));
+        match word {
+            _ if !is_command => Line::Say(line),
+            "/help" | "/?" => Line::Help,
+            "/new" | "/clear" => Line::New,
+            "/system" => Line::System(rest),
+            "/think" => Line::Think(match rest {
+                "on" => Some(true),
+                "off" => Some(false),
+                _ => None,
+            }),
+            "/regen" => Line::Regenerate,
+            "/undo" => Line::Undo,
+            "/stats" => Line::Stats,
+            "/exit" | "/bye" | "/quit" => Line::Exit,
+            _ => Line::Unknown(word),
+        }
+    }
+}
+
+/// Talks until the user leaves.
+pub fn chat(talk: &mut Talk, name: &str) -> Result {
+    let style = Style::stderr();
+    let say = |text: &str| eprintln_quietly(format_args!("{}{text}{}", style.dim(), style.plain()));
+    let mut input = Input::new(name)?;
+    let options = talk.session.options();
+    let threads = if options.threads == 1 { "1 thread".into() } else { format!("{} threads", options.threads) };
+    say(&format!("{name}, context {}, {threads}. /help lists the commands, Ctrl-D leaves.", options.context));
+
+    while let Some(line) = input.read(style)? {
+        match Line::parse(&line) {
+            Line::Nothing => {}
+            Line::Say(prompt) => answer(talk, style, Some(prompt))?,
+            Line::Regenerate => answer(talk, style, None)?,
+            Line::Help => say(HELP),
+            Line::New => {
+                talk.session.clear();
+                say("A new conversation.");
+            }
+            Line::System(text) => {
+                talk.session.set_system((!text.is_empty()).then(|| text.to_string()));
+                say(if text.is_empty() { "No system prompt from now on." } else { "System prompt set." });
+            }
+            Line::Think(Some(on)) => {
+                talk.session.set_think(on);
+                say(if on { "The model thinks before it answers." } else { "The model answers at once." });
+            }
+            Line::Think(None) => say(if talk.session.options().think {
+                "Thinking is on; /think off turns it off."
+            } else {
+                "Thinking is off; /think on turns it on."
+            }),
+            Line::Undo => match talk.session.undo() {
+                Some(message) => say(&format!("Taken back: {}", first_words(&message))),
+                None => say("There is nothing to take back."),
+            },
+            Line::Stats => say(&stats(talk)),
+            Line::Exit => break,
+            Line::Unknown(word) => say(&format!("{word}: no such command; /help lists them")),
+        }
+    }
+    Ok(())
+}
+
+/// Has the model reply to `prompt`, or once more to the last message, and shows it.
+fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
+    reset(&talk.interrupt);
+    let mut screen = Screen::new(talk.hide_thinking, style);
+    let mut written = Ok(());
+    let mut on = |event: Event| {
+        written = screen.on(event);
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let reply = match prompt {
+        Some(prompt) => Some(talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on)),
+        None => talk.session.regenerate(talk.limit, &talk.interrupt, &mut on),
+    };
+    written?;
+    screen.finish()?;
+    let note = match &reply {
+        None => Some("There is no message to answer again.".to_string()),
+        Some(Err(error)) if error.kind() == gemrun::Kind::Usage => Some(format!("{error}; /new starts over")),
+        Some(Err(error)) => return Err(error.clone().within(talk.loaded.gguf.name()).into()),
+        Some(Ok(reply)) => {
+            talk.count(reply);
+            Some(status(reply, talk.session.options().context))
+        }
+    };
+    if let Some(note) = note {
+        eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
+    }
+    Ok(())
+}
+
+/// The line of figures under an answer.
+fn status(reply: &Reply, context: usize) -> String {
+    let usage = &reply.usage;
+    let mut parts = vec![format!("{} tok", usage.generated)];
+    if usage.decoded > 0 {
+        parts[0] += &format!(", {:.1} tok/s", usage.decode_speed());
+    }
+    if usage.generated > 0 {
+        parts.push(format!("first token {:.2} s", usage.first_token.as_secs_f64()));
+    }
+    parts.push(match usage.reused {
+        0 => format!("prompt {} tok", usage.prompt),
+        reused => format!("prompt {} tok, {reused} reused", usage.prompt),
+    });
+    match reply.end {
+        Why::Stop => {}
+        Why::Length => parts.push("stopped at the limit of -n".into()),
+        Why::Context => parts.push(format!("the context of {context} tok is full: /new starts over")),
+        Why::Interrupted if usage.generated == 0 => parts.push("stopped, message taken back".into()),
+        Why::Interrupted => parts.push("stopped".into()),
+    }
+    format!("[ {} ]", parts.join(" | "))
+}
+
+/// `/stats`.
+fn stats(talk: &Talk) -> String {
+    let (session, totals) = (&talk.session, &talk.totals);
+    let options = session.options();
+    let memory = super::machine::peak_rss().map(|bytes| format!("; peak memory {:.2} GB", bytes as f64 / 1e9));
+    format!(
+        "{} messages, {} of {} tokens in the cache ({:.1} MB {}){}\n\
+         {} tokens generated at {:.1} tok/s, {} prompt tokens read at {:.1} tok/s; seed {}",
+        session.messages(),
+        session.held(),
+        options.context,
+        session.cache_bytes() as f64 / 1e6,
+        options.kv.name(),
+        memory.unwrap_or_default(),
+        totals.generated,
+        totals.decode_speed(),
+        totals.prompt - totals.reused,
+        totals.prompt_speed(),
+        options.sampling.seed,
+    )
+}
+
+/// The beginning of a message, on one line.
+fn first_words(message: &str) -> String {
+    let line = gemrun::error::printable(message.lines().next().unwrap_or_default());
+    let short: String = line.chars().take(50).collect();
+    if short.len() < message.len() { format!("{short}...") } else { short }
+}
+
+/// Puts a reply on the screen: thoughts faint, the answer plain.
+struct Screen {
+    out: std::io::Stdout,
+    shown: Shown,
+    style: Style,
+    hide_thinking: bool,
+    wait: Wait,
+    now: Part,
+    /// Whether the cursor stands at the beginning of a line.
+    fresh_line: bool,
+}
+
+/// What was shown last.
+#[derive(PartialEq)]
+enum Part {
+    Nothing,
+    Thought,
+    HiddenThought,
+    Answer,
+}
+
+impl Screen {
+    fn new(hide_thinking: bool, style: Style) -> Screen {
+        let (out, shown) = (std::io::stdout(), Shown::stdout());
+        Screen { out, shown, style, hide_thinking, wait: Wait::new(), now: Part::Nothing, fresh_line: true }
+    }
+
+    fn on(&mut self, event: Event) -> std::io::Result<()> {
+        self.wait.on(&event);
+        match event {
+            Event::Prompt { .. } => {}
+            Event::Thought(_) if self.hide_thinking => {
+                if self.now != Part::HiddenThought {
+                    self.enter(Part::HiddenThought)?;
+                    self.write(&format!("{}thinking ...{}", self.style.dim(), self.style.plain()))?;
+                    self.fresh_line = false;
+                }
+            }
+            Event::Thought(text) => {
+                self.enter(Part::Thought)?;
+                // Each piece is faint by itself, so that whatever ends the reply leaves the terminal plain.
+                self.show(&format!("{}{}{}", self.style.dim(), self.shown.text(text), self.style.plain()), text)?;
+            }
+            Event::Answer(text) => {
+                self.enter(Part::Answer)?;
+                self.show(&self.shown.text(text), text)?;
+            }
+        }
+        self.out.flush()
+    }
+
+    /// Ends the line of the part before.
+    fn enter(&mut self, part: Part) -> std::io::Result<()> {
+        if self.now != part {
+            if !self.fresh_line {
+                self.write("\n")?;
+                self.fresh_line = true;
+            }
+            if self.now == Part::Thought {
+                self.write("\n")?;
+            }
+            self.now = part;
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, styled: &str, text: &str) -> std::io::Result<()> {
+        if !text.is_empty() {
+            self.fresh_line = text.ends_with('\n');
+        }
+        self.write(styled)
+    }
+
+    fn write(&mut self, text: &str) -> std::io::Result<()> {
+        self.out.write_all(text.as_bytes())
+    }
+
+    fn finish(&mut self) -> std::io::Result<()> {
+        self.wait.done();
+        if !self.fresh_line {
+            self.write("\n")?;
+        }
+        self.out.flush()
+    }
+}
+
+/// The line editor.
+struct Input {
+    editor: Editor<(), FileHistory>,
+    prompt: String,
+}
+
+impl Input {
+    fn new(name: &str) -> Result<Input> {
+        let config = Config::builder().history_ignore_space(true).auto_add_history(false).build();
+        let mut editor = Editor::with_config(config).map_err(|e| failed(&e))?;
+        if let Some(file) = history_file() {
+            // The first chat has no history yet.
+            let _ = editor.load_history(&file);
+        }
+        Ok(Input { editor, prompt: format!("{name}> ") })
+    }
+
+    /// The next message or command; `None` when the user leaves with Ctrl-D.
+    fn read(&mut self, style: Style) -> Result<Option<String>> {
+        let mut message = String::new();
+        let mut interrupted = false;
+        loop {
+            let prompt = if message.is_empty() { self.prompt.as_str() } else { "... " };
+            match self.editor.readline(prompt) {
+                Ok(line) => {
+                    interrupted = false;
+                    let opening = message.is_empty();
+                    message.push_str(&line);
+                    message.push('\n');
+                    match Block::of(&message) {
+                        Block::Open => continue,
+                        Block::Closed(text) => {
+                            self.remember(&message);
+                            return Ok(Some(text));
+                        }
+                        Block::None => {
+                            debug_assert!(opening);
+                            self.remember(&line);
+                            return Ok(Some(line));
+                        }
+                    }
+                }
+                Err(ReadlineError::Interrupted) if interrupted => return Err(End::Interrupted),
+                Err(ReadlineError::Interrupted) => {
+                    // An unfinished block is dropped; at an empty prompt the next one leaves.
+                    interrupted = message.is_empty();
+                    message.clear();
+                    let note = "Ctrl-C again leaves, as does Ctrl-D.";
+                    eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
+                }
+                Err(ReadlineError::Eof) => return Ok(None),
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+    }
+
+    /// Appends to the history, as far as there can be one.
+    fn remember(&mut self, line: &str) {
+        let line = line.trim_end();
+        if line.is_empty() || !self.editor.add_history_entry(line).unwrap_or(false) {
+            return;
+        }
+        if let Some(file) = history_file() {
+            let folder = file.parent().map_or(Ok(()), std::fs::create_dir_all);
+            let _ = folder.is_ok() && self.editor.append_history(&file).is_ok();
+        }
+    }
+}
+
+fn failed(error: &ReadlineError) -> End {
+    End::Error(gemrun::Error::new(gemrun::Kind::Other, format!("standard input: {error}")))
+}
+
+/// A message between `"""` and `"""`.
+#[derive(Debug, PartialEq)]
+enum Block {
+    None,
+    Open,
+    Closed(String),
+}
+
+impl Block {
+    fn of(text: &str) -> Block {
+        let Some(inside) = text.trim_start().strip_prefix("\"\"\"") else { return Block::None };
+        match inside.trim_end().strip_suffix("\"\"\"") {
+            Some(block) => Block::Closed(block.trim_matches('\n').to_string()),
+            None => Block::Open,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gemrun::session::Usage;
+    use std::time::Duration;
+
+    #[test]
+    fn lines() {
+        assert_eq!(Line::parse("  "), Line::Nothing);
+        assert_eq!(Line::parse(" hi there "), Line::Say("hi there"));
+        assert_eq!(Line::parse("/system  be brief "), Line::System("be brief"));
+        assert_eq!(Line::parse("/system"), Line::System(""));
+        assert_eq!(Line::parse("/think on"), Line::Think(Some(true)));
+        assert_eq!(Line::parse("/think maybe"), Line::Think(None));
+        assert_eq!(Line::parse("/bye"), Line::Exit);
+        assert_eq!(Line::parse("/dance now"), Line::Unknown("/dance"));
+        assert_eq!(Line::parse("/usr/bin is full"), Line::Say("/usr/bin is full"));
+    }
+
+    #[test]
+    fn blocks() {
+        assert_eq!(Block::of("hello\n"), Block::None);
+        assert_eq!(Block::of("\"\"\"\n"), Block::Open);
+        assert_eq!(Block::of("\"\"\"a\n"), Block::Open);
+        assert_eq!(Block::of("\"\"\"one\"\"\"\n"), Block::Closed("one".into()));
+        assert_eq!(Block::of("\"\"\"\na\n  b\n\"\"\"\n"), Block::Closed("a\n  b".into()));
+    }
+
+    #[test]
+    fn the_status_line_tells_what_happened() {
+        let usage = Usage {
+            prompt: 18,
+            reused: 12,
+            generated: 42,
+            decoded: 41,
+            first_token: Duration::from_millis(210),
+            decode_time: Duration::from_millis(1300),
+            ..Usage::default()
+        };
+        let mut reply = Reply { answer: String::new(), end: Why::Stop, usage };
+        assert_eq!(
+            status(&reply, 8192),
+            "[ 42 tok, 31.5 tok/s | first token 0.21 s | prompt 18 tok, 12 reused ]"
+        );
+        reply.end = Why::Context;
+        assert!(status(&reply, 8192).ends_with("| the context of 8192 tok is full: /new starts over ]"));
+        reply = Reply { answer: String::new(), end: Why::Interrupted, usage: Usage { prompt: 9, ..Usage::default() } };
+        assert_eq!(status(&reply, 8192), "[ 0 tok | prompt 9 tok | stopped, message taken back ]");
+    }
+}

@@ -1,0 +1,359 @@
+//! `gemrun run`: one answer, or a chat.
+//!
+//! With a prompt (argument, piped input, or both) it answers once: standard output is the answer and a line feed,
+//! nothing else. Without one it is a chat, see `chat.rs`.
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use gemrun::registry;
+use gemrun::sample::{Sampling, random_seed};
+use gemrun::session::{self, Event, Options, Session, Usage};
+use gemrun::template::Template;
+use gemrun::Error;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::open::{self, Compute, Loaded, Threads};
+use super::terminal::{Shown, Style, eprintln_quietly};
+use super::{End, Result, chat, machine, text};
+
+/// Chat with a model, or answer one prompt
+#[derive(Args)]
+#[command(after_help = "With PROMPT, or with piped input, the model answers once. With both, the input follows the \
+    prompt after a blank line.\n\n\
+    Tokens are chosen in this order: never-sampled tokens are masked, repetition penalty (over the last 64 tokens), \
+    top-k, top-p, min-p, temperature, draw. The same file, prompt, flags and seed give the same text on every \
+    computer.\n\n\
+    Examples:\n  \
+    gemrun run demo\n  \
+    gemrun run demo \"Once upon a time\" --seed 7\n  \
+    git diff | gemrun run e2b \"Write a commit message, one line\"")]
+pub struct Run {
+    /// Model name or path of a GGUF file
+    model: OsString,
+    /// What to ask; without it, chat
+    prompt: Option<OsString>,
+    /// Generate at most N tokens a reply [default: until the context is full]
+    #[arg(short = 'n', long, value_name = "N")]
+    predict: Option<usize>,
+    /// Temperature; 0 always takes the likeliest token [default: the file's, else 1]
+    #[arg(long, value_name = "X")]
+    temp: Option<f32>,
+    /// Choose among the K likeliest tokens; 0 is all [default: the file's, else 64]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the likeliest tokens that together have probability P [default: the file's, else 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Leave out tokens less than P times as likely as the likeliest [default: the file's, else 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Divide the logits of recent tokens by X; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Seed of the random choices [default: a new one each time, shown by --stats]
+    #[arg(short, long, value_name = "N")]
+    seed: Option<u64>,
+    /// Tokens of conversation to hold [default: 8192, or what the model was made for if that is less]
+    #[arg(short, long, value_name = "N")]
+    ctx: Option<usize>,
+    /// System prompt
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Let the model think before it answers; auto is off
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    think: Think,
+    /// Do not show what it thinks
+    #[arg(long)]
+    hide_thinking: bool,
+    /// No chat template: continue the prompt as it is, after <bos>; markers such as <|turn> in it count as markers
+    #[arg(long)]
+    raw: bool,
+    /// Never choose a token that ends the reply
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print figures as one line of JSON on standard error at the end
+    #[arg(long)]
+    stats: bool,
+    #[command(flatten)]
+    threads: Threads,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+/// `--think`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Think {
+    On,
+    Off,
+    Auto,
+}
+
+/// The context where nothing else is asked for: enough for long chats, little enough for small boards.
+const DEFAULT_CONTEXT: usize = 8192;
+
+impl Run {
+    pub fn run(self) -> Result {
+        let start = Instant::now();
+        let prompt = self.prompt()?;
+        if self.raw && prompt.is_none() {
+            return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
+        }
+        let (kv, batch, threads) = (self.compute.kv()?, self.compute.batch()?, self.threads.count()?);
+        let numerics = self.compute.numerics()?;
+        self.sampling(Sampling::default()).check()?;
+        let interrupt = interrupt_flag()?;
+
+        let loaded = open::load(&self.model, &numerics)?;
+        let context = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(loaded.model.config.context));
+        let sampling = self.sampling(session::recommended(&loaded.gguf)?);
+        let options = Options {
+            context,
+            batch,
+            kv,
+            threads,
+            sampling,
+            ignore_stops: self.ignore_eos,
+            think: self.think == Think::On,
+            system: self.system.clone(),
+        };
+        let template = if self.raw { None } else { Some(Template::from_gguf(&loaded.gguf)?) };
+        let session = Session::new(&loaded.model, &loaded.tokenizer, template, options)?;
+        let limit = self.predict.unwrap_or(usize::MAX);
+        let mut talk = Talk {
+            session,
+            loaded: &loaded,
+            interrupt,
+            limit,
+            hide_thinking: self.hide_thinking,
+            totals: Usage::default(),
+            last_end: None,
+        };
+        let result = match &prompt {
+            Some(prompt) => once(&mut talk, prompt, self.raw),
+            None => chat::chat(&mut talk, &registry_name(&self.model)),
+        };
+        if self.stats {
+            eprintln_quietly(format_args!("{}", talk.stats(self.compute.act(), start.elapsed())));
+        }
+        result
+    }
+
+    /// The prompt, if there is one: the argument, piped standard input, or one after the other.
+    fn prompt(&self) -> Result<Option<String>> {
+        let prompt = match &self.prompt {
+            Some(prompt) => {
+                let argument = text::from_argument("prompt", prompt)?;
+                match text::piped_beside_prompt()? {
+                    Some(piped) if !piped.is_empty() => Some(format!("{argument}\n\n{piped}")),
+                    _ => Some(argument),
+                }
+            }
+            None if std::io::stdin().is_terminal() => None,
+            None => Some(text::from_stdin()?),
+        };
+        match prompt {
+            Some(prompt) if prompt.trim().is_empty() => Err(Error::usage("prompt: empty: expected text").into()),
+            prompt => Ok(prompt),
+        }
+    }
+
+    /// `base` with what the flags say.
+    fn sampling(&self, base: Sampling) -> Sampling {
+        Sampling {
+            temperature: self.temp.unwrap_or(base.temperature),
+            top_k: self.top_k.unwrap_or(base.top_k),
+            top_p: self.top_p.unwrap_or(base.top_p),
+            min_p: self.min_p.unwrap_or(base.min_p),
+            repeat_penalty: self.repeat_penalty,
+            seed: self.seed.unwrap_or_else(random_seed),
+        }
+    }
+}
+
+/// What to call the model at the chat prompt: its name, or the file's without folder and extension.
+fn registry_name(model: &OsString) -> String {
+    let stem = std::path::Path::new(model).file_stem().unwrap_or(model);
+    gemrun::error::printable(&stem.to_string_lossy()).chars().take(24).collect()
+}
+
+/// A session and what surrounds it.
+pub struct Talk<'m> {
+    pub session: Session<'m>,
+    pub loaded: &'m Loaded,
+    pub interrupt: Arc<AtomicBool>,
+    pub limit: usize,
+    pub hide_thinking: bool,
+    pub totals: Usage,
+    pub last_end: Option<session::End>,
+}
+
+impl Talk<'_> {
+    /// Adds a reply to the figures of `--stats`.
+    pub fn count(&mut self, reply: &session::Reply) {
+        let (totals, usage) = (&mut self.totals, &reply.usage);
+        if totals.first_token.is_zero() {
+            totals.first_token = usage.first_token;
+        }
+        totals.prompt += usage.prompt;
+        totals.reused += usage.reused;
+        totals.generated += usage.generated;
+        totals.tokenize_time += usage.tokenize_time;
+        totals.prompt_time += usage.prompt_time;
+        totals.decode_time += usage.decode_time;
+        totals.decoded += usage.decoded;
+        self.last_end = Some(reply.end);
+    }
+
+    fn stats(&self, act: &str, total: Duration) -> serde_json::Value {
+        let (totals, options) = (&self.totals, self.session.options());
+        json!({
+            "model": self.loaded.gguf.name(),
+            "seed": options.sampling.seed,
+            "prompt_tokens": totals.prompt,
+            "reused_tokens": totals.reused,
+            "generated_tokens": totals.generated,
+            "end": self.last_end.map(session::End::name),
+            "seconds": {
+                "map": self.loaded.times.map.as_secs_f64(),
+                "load": self.loaded.times.load.as_secs_f64(),
+                "tokenize": totals.tokenize_time.as_secs_f64(),
+                "prefill": totals.prompt_time.as_secs_f64(),
+                "first_token": totals.first_token.as_secs_f64(),
+                "decode": totals.decode_time.as_secs_f64(),
+                "total": total.as_secs_f64(),
+            },
+            "prompt_tok_s": totals.prompt_speed(),
+            "tok_s": totals.decode_speed(),
+            "context": options.context,
+            "kv": options.kv.name(),
+            "act": act,
+            "threads": options.threads,
+            "kernels": self.loaded.model.kernels(),
+            "peak_rss_bytes": machine::peak_rss(),
+        })
+    }
+}
+
+/// Answers `prompt` on standard output.
+fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
+    let mut out = std::io::stdout().lock();
+    let shown = Shown::stdout();
+    let style = Style::stderr();
+    let show_thoughts = !talk.hide_thinking && std::io::stderr().is_terminal();
+    let mut thinking = false;
+    let mut wait = Wait::new();
+    let mut written = Ok(());
+    let mut on = |event: Event| {
+        wait.on(&event);
+        match event {
+            Event::Prompt { .. } => {}
+            Event::Thought(thought) if show_thoughts => {
+                let _ = write!(std::io::stderr(), "{}{}{}", style.dim(), terminal_text(thought), style.plain());
+                thinking = true;
+            }
+            Event::Thought(_) => {}
+            Event::Answer(answer) => {
+                if std::mem::take(&mut thinking) {
+                    eprintln_quietly(format_args!("\n"));
+                }
+                written = out.write_all(shown.text(answer).as_bytes()).and_then(|()| out.flush());
+            }
+        }
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let reply = match raw {
+        true => talk.session.complete(prompt, talk.limit, &talk.interrupt, &mut on),
+        false => talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on),
+    };
+    wait.done();
+    let reply = reply.map_err(|e| if e.kind() == gemrun::Kind::Invalid { e.within(talk.loaded.gguf.name()) } else { e })?;
+    talk.count(&reply);
+    written?;
+    writeln!(out)?;
+    out.flush()?;
+    match reply.end {
+        session::End::Interrupted => Err(End::Interrupted),
+        session::End::Context => {
+            let context = talk.session.options().context;
+            eprintln_quietly(format_args!("note: the context of {context} tokens is full; see --ctx"));
+            Ok(())
+        }
+        session::End::Stop | session::End::Length => Ok(()),
+    }
+}
+
+/// `text` as a terminal may get it, whatever standard output is.
+fn terminal_text(text: &str) -> String {
+    Shown::terminal().text(text)
+}
+
+/// A progress bar for prompts that take longer than people like to wait without a sign.
+pub struct Wait {
+    start: Instant,
+    bar: Option<ProgressBar>,
+}
+
+/// Shorter prompts show no bar.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl Wait {
+    pub fn new() -> Wait {
+        Wait { start: Instant::now(), bar: None }
+    }
+
+    /// Shows, moves or removes the bar.
+    pub fn on(&mut self, event: &Event) {
+        match *event {
+            Event::Prompt { done, total } if done < total => {
+                if self.start.elapsed() < PATIENCE {
+                    return;
+                }
+                let bar = self.bar.get_or_insert_with(|| {
+                    let style = ProgressStyle::with_template("reading the prompt {pos}/{len} {wide_bar} {eta}");
+                    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+                    let target = ProgressDrawTarget::stderr();
+                    ProgressBar::with_draw_target(Some(total as u64), target).with_style(style).with_elapsed(self.start.elapsed())
+                });
+                bar.set_position(done as u64);
+            }
+            _ => self.done(),
+        }
+    }
+
+    /// Removes the bar.
+    pub fn done(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A flag that Ctrl-C sets. While it is set, another Ctrl-C ends the program at once.
+fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let sigint = signal_hook::consts::SIGINT;
+    // Order matters: the first Ctrl-C must find the flag unset when this one looks at it.
+    let registered = signal_hook::flag::register_conditional_shutdown(sigint, 130, Arc::clone(&flag))
+        .and_then(|_| signal_hook::flag::register(sigint, Arc::clone(&flag)));
+    match registered {
+        Ok(_) => Ok(flag),
+        Err(error) => Err(Error::new(gemrun::Kind::Other, format!("cannot listen for Ctrl-C: {error}")).into()),
+    }
+}
+
+/// Forgets a Ctrl-C that has been acted upon.
+pub fn reset(flag: &AtomicBool) {
+    flag.store(false, Ordering::SeqCst);
+}
+
+/// Where the chat's input history is kept.
+pub fn history_file() -> Option<std::path::PathBuf> {
+    Some(registry::home()?.join("history.txt"))
+}
