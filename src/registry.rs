@@ -14,6 +14,9 @@ use crate::{Error, Kind, Result};
 /// The table of known models, as written.
 const MODELS: &str = include_str!("../models.toml");
 
+/// The model that is part of the program, a GGUF file.
+pub static DEMO: &[u8] = include_bytes!("demo.gguf");
+
 /// The known models.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -253,9 +253,9 @@ impl<'m> Session<'m> {
     ) -> Result<Reply> {
         let start = Instant::now();
         self.messages.push(json!({ "role": "user", "content": prompt }));
-        let reply = self.prompt_tokens().and_then(|(tokens, channel)| {
-            self.generate(&tokens, channel, start, limit, interrupt, on)
-        });
+        let reply = self
+            .prompt_tokens()
+            .and_then(|(tokens, channel)| self.generate(&tokens, channel, start, limit, interrupt, on));
         match &reply {
             Ok(reply) if reply.usage.generated > 0 || reply.end != End::Interrupted => {
                 self.messages.push(json!({ "role": "assistant", "content": reply.answer }));
@@ -330,7 +330,8 @@ impl<'m> Session<'m> {
         let mut answer = String::new();
 
         // The last token is always computed, for its logits.
-        let common = held.iter().zip(prompt).take_while(|(held, prompt)| held == prompt).count().min(n.saturating_sub(1));
+        let common =
+            held.iter().zip(prompt).take_while(|(held, prompt)| held == prompt).count().min(n.saturating_sub(1));
         let kept = state.truncate(model, common);
         held.truncate(kept);
         usage.reused = kept;

@@ -130,7 +130,9 @@ impl Template {
             match part {
                 Part::Marker(id) if i == 0 && id == tokenizer.bos() => {}
                 Part::Marker(id) => ids.push(id),
-                Part::Text(text) if text.contains(shield) => tokenizer.append(&text.replace(shield, ""), false, &mut ids),
+                Part::Text(text) if text.contains(shield) => {
+                    tokenizer.append(&text.replace(shield, ""), false, &mut ids)
+                }
                 Part::Text(text) => tokenizer.append(text, false, &mut ids),
             }
         }

@@ -12,7 +12,7 @@ use gemrun::registry::{self, Registry, Source};
 use gemrun::team::MAX_THREADS;
 use gemrun::tokenizer::Tokenizer;
 use gemrun::weight::{Act, Numerics};
-use gemrun::{Error, Kind, Result};
+use gemrun::{Error, Result};
 
 use super::machine;
 
@@ -143,7 +143,7 @@ pub fn gguf(model: &OsStr) -> Result<Gguf> {
     };
     match source {
         Source::File(path) => Gguf::open(&path),
-        Source::Embedded(name) => Err(Error::new(Kind::NotFound, format!("{name}: not part of this build"))),
+        Source::Embedded(name) => Gguf::from_static(&name, registry::DEMO),
     }
 }
 

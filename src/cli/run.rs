@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use gemrun::Error;
 use gemrun::registry;
 use gemrun::sample::{Sampling, random_seed};
 use gemrun::session::{self, Event, Options, Session, Usage};
 use gemrun::template::Template;
-use gemrun::Error;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
@@ -273,7 +273,8 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         false => talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on),
     };
     wait.done();
-    let reply = reply.map_err(|e| if e.kind() == gemrun::Kind::Invalid { e.within(talk.loaded.gguf.name()) } else { e })?;
+    let reply =
+        reply.map_err(|e| if e.kind() == gemrun::Kind::Invalid { e.within(talk.loaded.gguf.name()) } else { e })?;
     talk.count(&reply);
     written?;
     writeln!(out)?;
@@ -319,7 +320,9 @@ impl Wait {
                     let style = ProgressStyle::with_template("reading the prompt {pos}/{len} {wide_bar} {eta}");
                     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
                     let target = ProgressDrawTarget::stderr();
-                    ProgressBar::with_draw_target(Some(total as u64), target).with_style(style).with_elapsed(self.start.elapsed())
+                    ProgressBar::with_draw_target(Some(total as u64), target)
+                        .with_style(style)
+                        .with_elapsed(self.start.elapsed())
                 });
                 bar.set_position(done as u64);
             }

@@ -13,9 +13,11 @@ use super::{Result, open, text};
 
 /// Render a model's chat template
 #[derive(Args)]
-#[command(after_help = "FILE holds a JSON array of messages in OpenAI's form: [{\"role\": \"user\", \"content\": \"Hi\"}].\n\
+#[command(
+    after_help = "FILE holds a JSON array of messages in OpenAI's form: [{\"role\": \"user\", \"content\": \"Hi\"}].\n\
     The text is printed as it is, without a final newline.\n\n\
-    Example: gemrun template e2b --messages chat.json --think on")]
+    Example: gemrun template e2b --messages chat.json --think on"
+)]
 pub struct Template {
     /// Model name or path of a GGUF file
     model: OsString,

@@ -12,7 +12,9 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use minijinja::machinery::{CodeGenerator, Instruction, Instructions, Token, eval, make_string_output, parse, tokenize};
+use minijinja::machinery::{
+    CodeGenerator, Instruction, Instructions, Token, eval, make_string_output, parse, tokenize,
+};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, filters, functions, tests};
@@ -57,8 +59,8 @@ pub(super) fn render(source: &str, variables: Value, limits: Limits) -> Result<S
     let environment = environment(&meter);
     let (main, blocks) = compile(source)?;
     let mut text = String::new();
-    let result = eval(&environment, &main, variables, &blocks, &mut make_string_output(&mut text), AutoEscape::None)
-        .map(drop);
+    let result =
+        eval(&environment, &main, variables, &blocks, &mut make_string_output(&mut text), AutoEscape::None).map(drop);
     match (result, meter.raised.get()) {
         (Ok(()), _) if text.len() > limits.output => {
             Err(Failure::Broken(format!("prints {} bytes: expected at most {}", text.len(), limits.output), None))
@@ -111,7 +113,10 @@ fn refuse_repeated_constants(source: &str, syntax: &SyntaxConfig) -> Result<(), 
     for token in tokenize(source, false, syntax.clone()) {
         let Ok((token, span)) = token else { break }; // the parser says it better
         if literal(Some(&token)) && after_star || matches!(token, Token::Mul) && literal(before.as_ref()) {
-            return Err(Failure::Broken("multiplies something other than numbers".into(), Some(span.start_line.into())));
+            return Err(Failure::Broken(
+                "multiplies something other than numbers".into(),
+                Some(span.start_line.into()),
+            ));
         }
         after_star = matches!(token, Token::Mul);
         before = Some(token);
@@ -134,8 +139,18 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
                 group.push(instruction.clone());
                 glance(&mut group);
             }
-            I::Add | I::Mul | I::StringConcat | I::Eq | I::Ne | I::Gt | I::Gte | I::Lt | I::Lte | I::In
-            | I::CompareAndPreserve(_) | I::SetAttr(_) => {
+            I::Add
+            | I::Mul
+            | I::StringConcat
+            | I::Eq
+            | I::Ne
+            | I::Gt
+            | I::Gte
+            | I::Lt
+            | I::Lte
+            | I::In
+            | I::CompareAndPreserve(_)
+            | I::SetAttr(_) => {
                 weigh(&mut group);
                 group.push(I::Swap);
                 weigh(&mut group);
@@ -144,8 +159,15 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
                     weigh(&mut group);
                 }
             }
-            I::Slice | I::BuildList(_) | I::BuildTuple(_) | I::BuildMap(_) | I::EndCapture | I::ApplyFilter(..)
-            | I::CallFunction(..) | I::CallMethod(..) | I::CallObject(_) => {
+            I::Slice
+            | I::BuildList(_)
+            | I::BuildTuple(_)
+            | I::BuildMap(_)
+            | I::EndCapture
+            | I::ApplyFilter(..)
+            | I::CallFunction(..)
+            | I::CallMethod(..)
+            | I::CallObject(_) => {
                 group.push(instruction.clone());
                 weigh(&mut group);
             }
@@ -168,8 +190,12 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
     for (at, group) in groups.into_iter().enumerate() {
         for mut instruction in group {
             match &mut instruction {
-                I::Iterate(target) | I::Jump(target) | I::JumpIfFalse(target) | I::JumpIfFalseOrPop(target)
-                | I::JumpIfTrueOrPop(target) | I::BuildMacro(_, target, _) => moved(target),
+                I::Iterate(target)
+                | I::Jump(target)
+                | I::JumpIfFalse(target)
+                | I::JumpIfFalseOrPop(target)
+                | I::JumpIfTrueOrPop(target)
+                | I::BuildMacro(_, target, _) => moved(target),
                 _ => {}
             }
             match (code.get_span(at as u32), code.get_line(at as u32)) {
@@ -316,14 +342,17 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
         ("sum", Value::from_function(filters::sum)),
         ("title", Value::from_function(filters::title)),
         ("tojson", Value::from_function(python_json)),
-        ("trim", Value::from_function(|value: Value, chars: Option<String>| {
-            // Python also strips the four separators U+001C to U+001F.
-            let strip = |c: char| match &chars {
-                Some(chars) => chars.contains(c),
-                None => c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c),
-            };
-            python_text(&value).trim_matches(strip).to_string()
-        })),
+        (
+            "trim",
+            Value::from_function(|value: Value, chars: Option<String>| {
+                // Python also strips the four separators U+001C to U+001F.
+                let strip = |c: char| match &chars {
+                    Some(chars) => chars.contains(c),
+                    None => c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c),
+                };
+                python_text(&value).trim_matches(strip).to_string()
+            }),
+        ),
         ("unique", Value::from_function(filters::unique)),
         ("upper", text(str::to_uppercase)),
     ];
@@ -337,9 +366,33 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
     }
 
     const METHODS: [&str; 27] = [
-        "capitalize", "count", "endswith", "find", "get", "isalnum", "isalpha", "isdigit", "islower", "isnumeric",
-        "isspace", "isupper", "items", "join", "keys", "lower", "lstrip", "replace", "rfind", "rstrip", "split",
-        "splitlines", "startswith", "strip", "title", "upper", "values",
+        "capitalize",
+        "count",
+        "endswith",
+        "find",
+        "get",
+        "isalnum",
+        "isalpha",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "isupper",
+        "items",
+        "join",
+        "keys",
+        "lower",
+        "lstrip",
+        "replace",
+        "rfind",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "title",
+        "upper",
+        "values",
     ];
     let own = meter.clone();
     env.set_unknown_method_callback(move |state, value, method, args| {
@@ -518,7 +571,17 @@ fn write_json(out: &mut String, value: &Value, indent: Option<usize>, level: usi
 /// `strftime` of a time in UTC, for the directives that chat templates use.
 fn date(format: &str, now: std::time::SystemTime) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
