@@ -61,11 +61,9 @@ fn distance(exact: &npy::Npy, other: &[f32]) -> (f64, usize) {
     (median(rows().map(|(p, q)| kl(p, q)).collect()), agree)
 }
 
-/// Both programs round the same activations to int8, in different orders, so on the 64 positions of one file either may
-/// be the luckier one by a fifth. Over all files that evens out.
+/// Both programs round the same activations to int8, in different orders; ours looks for better scales.
 #[test]
 fn int8_activations_are_as_good_as_those_of_llama_cpp() {
-    let (mut ratios, mut ours_agree, mut theirs_agree) = (Vec::new(), 0, 0);
     for (model, kind) in golden::QUANTISED {
         let Some(file) = golden::path(model, &format!("{model}-{kind}.gguf")) else {
             continue;
@@ -76,14 +74,9 @@ fn int8_activations_are_as_good_as_those_of_llama_cpp() {
         let theirs = distance(&exact, &theirs.values);
         println!("{model} {kind}: divergence and agreement {ours:?}, llama.cpp {theirs:?}");
         assert!(ours.0 > 1e-5, "{model} {kind}: activations were not quantised");
-        assert!(ours.0 <= 1.3 * theirs.0, "{model} {kind}: divergence {}, llama.cpp's is {}", ours.0, theirs.0);
-        ratios.push(ours.0 / theirs.0);
-        ours_agree += ours.1;
-        theirs_agree += theirs.1;
+        assert!(ours.0 <= 1.1 * theirs.0, "{model} {kind}: divergence {}, llama.cpp's is {}", ours.0, theirs.0);
+        assert!(ours.1 >= theirs.1, "{model} {kind}: {} best tokens agree, llama.cpp's {}", ours.1, theirs.1);
     }
-    let ratio = ratios.iter().product::<f64>().powf(1.0 / ratios.len() as f64);
-    assert!(ratio <= 1.1, "divergence is {ratio} times llama.cpp's, over {} files", ratios.len());
-    assert!(ours_agree >= theirs_agree, "{ours_agree} best tokens agree, llama.cpp's {theirs_agree}");
 }
 
 fn load(model: &str) -> Option<Model> {

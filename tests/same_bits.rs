@@ -21,9 +21,9 @@ use sha2::{Digest, Sha256};
 /// They may change only together with the definition of a result, and such a change belongs in the change log: every
 /// saved conversation and recorded seed gives other text from then on.
 const RECORDED: [(&str, &str, &str); 3] = [
-    ("a_eseries", "f4e90e059ba3cbfc", "13b93432001d123f"),
-    ("b_dense", "f73c7cfced604fa2", "74f99a7df84ea642"),
-    ("c_moe", "152483cf94ccbf85", "b33c5ed0b8183303"),
+    ("a_eseries", "3ced07397f04048f", "13b93432001d123f"),
+    ("b_dense", "6535d1965fa6cfd8", "74f99a7df84ea642"),
+    ("c_moe", "7a2a03b2a6ac7b7c", "b33c5ed0b8183303"),
 ];
 
 fn digest(logits: &[f32]) -> String {
