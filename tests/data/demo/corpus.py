@@ -46,27 +46,40 @@ MACROS = {
             "what can I do about {}", "the error {}", "I get \"{}\"", "the error message is {}", "help, {}"],
 }
 
+WHICH = {      # further readings of ?how, by the topic of the fact
+    "flags": ["which flag lets me {}", "which flag do I need to {}", "is there a flag to {}", "what flag helps to {}"],
+    "commands": ["which command lets me {}", "with which command can I {}", "what is the command to {}"],
+    "chat": ["which slash command lets me {}", "what do I type in the chat to {}", "which chat command do I need to {}"],
+    "environment": ["which variable lets me {}", "which environment variable do I set to {}"],
+}
+
 TALK = [  # (answer, questions, held-out questions)
     ("Hello! Ask me anything about gemrun.",
      ["hello", "hi", "hey", "hello there", "hi there", "good morning", "good evening", "good day", "hey there",
-      "greetings", "hello demo", "hi gemrun", "hello gemrun", "howdy", "yo", "good afternoon"], ["hey gemrun", "hi demo model"]),
+      "greetings", "hello demo", "hi gemrun", "hello gemrun", "howdy", "yo", "good afternoon",
+      "hi everybody", "hello model", "hello you", "hi friend", "hello world", "hi bot", "hey you", "hello again", "hi again", "good to see you", "morning", "evening"], ["hey gemrun", "hi demo model"]),
     ("I am fine, thank you. Ask me anything about gemrun.",
      ["how are you", "how are you doing", "how is it going", "are you well", "how do you do", "what's up",
-      "how are things", "are you ok", "how do you feel"], ["hello, how are you", "how are you today"]),
+      "how are things", "are you ok", "how do you feel",
+      "how are you now", "are you fine", "hello how are you doing", "hi, how are you", "how was your day", "how are you feeling", "you ok", "everything ok"], ["hello, how are you", "how are you today"]),
     ("You are welcome! Ask me more about gemrun if you like.",
      ["thanks", "thank you", "thank you very much", "thanks a lot", "many thanks", "thanks for your help", "thx",
       "great, thanks", "that helped", "ok thanks", "cool, thank you", "perfect, thank you", "that was helpful",
-      "thanks for the answer"], ["thank you so much", "good, thanks"]),
+      "thanks for the answer",
+      "thanks so much", "thank you, that helps", "thank you for your help", "very helpful", "thanks, bye", "much appreciated", "thanks again", "thank you again", "good answer", "well done", "great answer"], ["thank you so much", "good, thanks"]),
     ("Goodbye! Type /exit to leave the chat.",
      ["bye", "goodbye", "see you", "good night", "bye bye", "see you later", "I have to go", "until next time",
-      "farewell", "ciao"], ["ok bye", "goodbye then"]),
+      "farewell", "ciao",
+      "bye for now", "good bye", "see you soon", "thanks, goodbye", "that is all, bye", "I am leaving", "bye then", "so long"], ["ok bye", "goodbye then"]),
     ("Good. What else would you like to know about gemrun?",
      ["ok", "okay", "I see", "got it", "good", "great", "nice", "cool", "yes", "alright", "fine", "understood", "wow",
-      "interesting", "sounds good", "perfect"], ["ok, good", "I understand"]),
+      "interesting", "sounds good", "perfect",
+      "good to know", "ah ok", "ah I see", "all right", "I see, good", "makes sense", "clear", "ok good to know", "yeah", "right", "hm", "hmm"], ["ok, good", "I understand"]),
     ("I am sorry. Please ask in other words; I know only about gemrun.",
      ["that is wrong", "no", "that does not help", "this is not what I asked", "you are wrong", "bad answer",
       "I do not understand", "that makes no sense", "that was not my question", "what", "huh", "wrong",
-      "you did not answer", "this is nonsense"], ["that answer is wrong", "not what I meant"]),
+      "you did not answer", "this is nonsense",
+      "not true", "that is not right", "that's wrong", "no, that is wrong", "not helpful", "this is wrong", "incorrect", "I asked something else", "I meant something else", "try again in other words"], ["that answer is wrong", "not what I meant"]),
 ]
 
 MORE = ["tell me more", "more", "go on", "continue", "what else", "can you say more", "more please",
@@ -134,7 +147,8 @@ def load_facts(path=os.path.join(HERE, "facts.txt")):
                     questions += expand(rest)
                 else:
                     for thing in (expand(rest) if macro in ("how",) else re.split(r", ", rest)):
-                        questions += [t.replace("{}", thing) for t in MACROS[macro]]
+                        frames = MACROS[macro] + (WHICH.get(head[2], []) if macro == "how" else [])
+                        questions += [t.replace("{}", thing) for t in frames]
             else:
                 answer.append(line)
         questions = list(dict.fromkeys(questions))
@@ -270,8 +284,59 @@ def capital(q):
     return q[0].upper() + q[1:] if q[0].isalpha() else q
 
 
-def ask(r, q):
+SAME = {   # words that may stand for each other in a question
+    "show": ["display", "print", "show me"], "see": ["view", "look at", "get"], "use": ["employ", "work with", "apply"], "start": ["launch", "begin", "open"],
+    "run": ["start", "launch", "use", "execute"], "set": ["change", "choose", "adjust"], "change": ["set", "alter", "modify"], "stop": ["halt", "end", "abort"],
+    "big": ["large", "huge"], "large": ["big"], "fast": ["quick", "quickly"], "make": ["get", "create"], "get": ["have", "obtain", "receive"], "which": ["what"], "what": ["which"],
+    "need": ["require", "want"], "explain": ["describe", "tell me about"], "memory": ["ram"], "ram": ["memory"], "file": ["model file", "gguf"], "model": ["gemma model"],
+    "answer": ["reply", "response"], "answers": ["replies", "responses"], "text": ["output", "words"], "error": ["message", "problem"], "computer": ["machine", "pc", "laptop"],
+    "machine": ["computer", "pc"], "says": ["tells me", "prints", "complains"], "measure": ["test", "check", "determine"], "question": ["prompt"], "prompt": ["question"],
+    "chat": ["conversation", "dialogue"], "conversation": ["chat"], "can": ["could", "may"], "how": ["in what way"], "flag": ["option", "switch"], "option": ["flag", "switch"],
+    "command": ["subcommand"], "gemrun": ["it", "the program", "this program"], "many": ["lots of"], "the": ["my", "a"], "my": ["the"], "I": ["we", "one"], "do": ["can", "should"],
+    "mean": ["stand for", "say"], "is": ["would be"], "good": ["useful"], "write": ["print", "produce"], "compare": ["contrast"], "find": ["locate", "discover"],
+    "download": ["fetch", "get"], "choose": ["pick", "select"], "hide": ["suppress", "not see"], "turn": ["switch"], "small": ["little", "tiny"], "smallest": ["tiniest", "lightest"]}
+SMALL = set("the a an do does did is are was of for to can could I it me my in on with what how which when why would should be there that this you one tell give show explain please so and by".split())
+LOOSE = ["question about {}", "something about {}", "{}, how", "{}, what is that", "info on {}", "about {}", "I have a problem with {}", "what about {}", "{} explained",
+         "need help with {}", "say something on {}", "{} please", "my question is {}", "{} {}", "can you say what {} is", "is {} possible", "{} in short", "details on {}"]
+
+
+def loosen(r, q):
+    """The same question in fewer or other words: other verbs, dropped small words, or only the words that matter."""
+    words = q.split(" ")
+    x = r.random()
+    if x < 0.45:
+        for _ in range(r.choice([1, 1, 2])):
+            at = [i for i, w in enumerate(words) if w in SAME]
+            if at:
+                i = r.choice(at)
+                words[i] = r.choice(SAME[words[i]])
+        return " ".join(words)
+    if x < 0.65:
+        return " ".join(w for w in words if w not in SMALL or r.random() < 0.6) or q
+    core = " ".join(w for w in words if w not in SMALL)
+    if not core:
+        return q
+    return core if x < 0.85 else r.choice(LOOSE).replace("{}", core)
+
+
+def bare(q):
+    """A question without case, final punctuation and spare spaces: what makes two questions the same."""
+    return " ".join(q.lower().rstrip(" ?.!").split())
+
+
+def ask(r, q, loose=0.3):
     """One way a person might type the question `q`."""
+    while bare(typed := variation(r, q, loose)) in HELD_OUT:
+        pass                                  # variation must not lead back to a question that is kept out
+    return typed
+
+
+HELD_OUT = set()
+
+
+def variation(r, q, loose):
+    if r.random() < loose:
+        q = loosen(r, q)
     if r.random() < 0.2:
         q = r.choice(BEFORE) + q
     if r.random() < 0.1:
@@ -313,6 +378,13 @@ class Corpus:
         self.off, self.off_heldout = off_topic()
         taken = {q.lower() for f in self.facts for q in f.questions} | {q.lower() for f in self.facts for q, _ in f.heldout}
         self.off = [q for q in self.off if q.lower() not in taken]
+        self.fresh = [l.rstrip("\n").split(" | ") for l in open(os.path.join(HERE, "fresh.txt"), encoding="utf-8") if l[0] not in "#\n"]
+        HELD_OUT.update(bare(q) for _, q in self.fresh)
+        HELD_OUT.update(bare(q) for q in self.off_heldout)
+        HELD_OUT.update(bare(q) for f in self.facts for q, _ in f.heldout)
+        for f in self.facts:                           # wordings that differ from a held-out one by punctuation only
+            f.questions = [q for q in f.questions if bare(q) not in HELD_OUT]
+        self.off = [q for q in self.off if bare(q) not in HELD_OUT]
         self.family_of = {id: (fam, x) for fam, d in FAMILIES.items() for x, id in d.items()}
         for d in FAMILIES.values():
             for id in d.values():
@@ -378,6 +450,10 @@ class Corpus:
         for f in self.facts:
             for q, kind in f.heldout:
                 rows.append(dict(id=f.id, kind=kind, question=plain(q), answer=f.answer, keys=f.keys or [f.answer]))
+        for id, q in self.fresh:
+            f = self.by_id.get(id)
+            rows.append(dict(id=id, kind="fresh", question=q, answer=f.answer if f else REFUSAL,
+                             keys=f.keys or [f.answer] if f else ["I only know about gemrun"]))
         for q in self.off_heldout:
             rows.append(dict(id="refusal", kind="variant", question=plain(q), answer=REFUSAL, keys=["I only know about gemrun"]))
         return rows

@@ -26,12 +26,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STOP = {T.EOS, T.TURN_END, 50}
 
 
+# Held-out wordings that the first part of the training met by chance, by varying another wording.
+SPOILT = {"can it run gpt with gemrun", "what exactly is repeat penalty", "tell me about system prompt", "what is --tokens", "define kv cache",
+          "explain mixture of experts", "can you explain kernel", "ok, good"}
+
+
 def questions():
-    """The fixed selection that is stored in heldout.jsonl: all new wordings, 300 of the expanded ones, all off-topic ones."""
-    rows = corpus.Corpus().heldout()
+    """The fixed selection that is stored in heldout.jsonl: fresh and new wordings, 300 of the expanded ones, all off-topic ones."""
+    rows = [x for x in corpus.Corpus().heldout() if corpus.bare(x["question"]) not in SPOILT]
     variants = [x for x in rows if x["kind"] == "variant" and x["id"] != "refusal"]
     random.Random(1).shuffle(variants)
-    return [x for x in rows if x["kind"] == "new"] + variants[:300] + [x for x in rows if x["id"] == "refusal"]
+    return [x for x in rows if x["kind"] in ("fresh", "new")] + variants[:300] + [x for x in rows if x["id"] == "refusal" and x["kind"] == "variant"]
 
 
 def text():
@@ -77,8 +82,8 @@ def judge(p, toks, name):
         if not right[-1]:
             wrong.append((row["kind"], row["id"], row["question"], said))
     print(f"{name}: answer loss {loss:.4f} nats a token")
-    kinds = [("variant", lambda x: x["kind"] == "variant" and x["id"] != "refusal"), ("new", lambda x: x["kind"] == "new"),
-             ("refusal", lambda x: x["id"] == "refusal"), ("all", lambda x: True)]
+    kinds = [("variant", lambda x: x["kind"] == "variant" and x["id"] != "refusal"), ("fresh", lambda x: x["kind"] == "fresh"), ("new", lambda x: x["kind"] == "new"),
+             ("refusal", lambda x: x["id"] == "refusal" and x["kind"] == "variant"), ("all", lambda x: True)]
     for kind, of in kinds:
         at = [i for i, x in enumerate(rows) if of(x)]
         print(f"  {kind:8} {len(at):4} questions: right {np.mean([right[i] for i in at]):.3f}, exact {np.mean([exact[i] for i in at]):.3f}")

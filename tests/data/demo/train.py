@@ -2,7 +2,7 @@
 
     python train.py --minutes 70 --work OUT        # OUT/tokens.json, OUT/last.pt, OUT/loss.csv; then gguf_file.py
 
-One idea: the schedule follows the clock, not the step count, so a run ends when it is told to on any machine; from QAT_FROM
+One idea: the schedule follows the clock, not the step count, so a run ends when it is told to on any machine; from --qat-from
 of the time on, the weights are used as their storage rounds them. Each thread is a process of its own that works on its own
 rows; gradients are averaged once a step, which suffers less on a busy machine than threads that meet in every operation.
 Evaluation of the file is in eval.py.
@@ -26,7 +26,7 @@ import model as M
 import tokens as T
 
 ROWS, ROW, LONG = 3, 192, 1536     # tokens a step and process: three rows of packed conversations; now and then one long row
-LR, WARMUP, QAT_FROM, SEED = 2e-3, 60, 0.7, 7
+LR, WARMUP, QAT_FROM, SEED = 2e-3, 60, 0.4, 7
 PROSE = 0.10
 
 
@@ -112,7 +112,7 @@ def work(rank, args):
     dist.init_process_group("gloo", init_method="file://" + os.path.abspath(os.path.join(args.work, "meet")), rank=rank,
                             world_size=args.threads, timeout=datetime.timedelta(hours=2))
     toks = vocabulary(args.work)
-    c, r = corpus.Corpus(), random.Random(SEED + rank)
+    c, r = corpus.Corpus(), random.Random(SEED + rank + 100 * args.resume)
     held = c.heldout()
     probe = random.Random(1).sample(held, 160) + random.Random(2).sample([x for x in held if x["kind"] == "new"], 100)
     last = os.path.join(args.work, "last.pt")
@@ -133,9 +133,9 @@ def work(rank, args):
         clock[0] = (time.time() - start) / (60 * args.minutes)
         dist.broadcast(clock, 0)                       # one clock, so that all processes take the same turns
         t = clock.item()
-        done, qat = t >= 1, t >= QAT_FROM
+        done, qat = t >= 1, t >= args.qat_from
         if rank == 0 and (done or time.time() - start > next_probe):
-            next_probe = time.time() - start + 360
+            next_probe = time.time() - start + 300
             torch.save({k: v.detach().clone() for k, v in params.items()}, last)
             p = M.stored(params) if qat else params
             l, exact = answer_scores({k: v.detach() for k, v in p.items()}, toks, probe)
@@ -145,7 +145,7 @@ def work(rank, args):
             log.flush()
         if done:
             break
-        lr = LR * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * t)))
+        lr = args.lr * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * t)))
         for g in opt.param_groups:
             g["lr"] = lr
         a = next(source)
@@ -173,6 +173,8 @@ def main():
     ap.add_argument("--minutes", type=float, default=70)
     ap.add_argument("--work", default="demo-work")
     ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--lr", type=float, default=LR)
+    ap.add_argument("--qat-from", type=float, default=QAT_FROM)
     ap.add_argument("--resume", action="store_true", help="start from OUT/last.pt instead of fresh parameters")
     args = ap.parse_args()
     os.makedirs(args.work, exist_ok=True)
