@@ -141,7 +141,7 @@ fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
         }
     };
     if let Some(note) = note {
-        eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
+        eprintln_quietly(format_args!("{}{note}{}\n", style.dim(), style.plain()));
     }
     Ok(())
 }
@@ -174,7 +174,7 @@ fn status(reply: &Reply, context: usize) -> String {
 fn stats(talk: &Talk) -> String {
     let (session, totals) = (&talk.session, &talk.totals);
     let options = session.options();
-    let memory = super::machine::peak_rss().map(|bytes| format!("; peak memory {:.2} GB", bytes as f64 / 1e9));
+    let memory = super::machine::peak_rss().map(|bytes| format!("; peak memory {} MB", bytes / 1_000_000));
     format!(
         "{} messages, {} of {} tokens in the cache ({:.1} MB {}){}\n\
          {} tokens generated at {:.1} tok/s, {} prompt tokens read at {:.1} tok/s; seed {}",

@@ -102,7 +102,7 @@ impl Logits {
 #[derive(Args)]
 #[command(
     after_help = "The text is cut into windows of --ctx tokens, each begun with <bos>; each token of the text is \
-    predicted once.\nnll is the mean negative log-likelihood of a token in nats, ppl its exponential.\n\n\
+    predicted once. nll is the mean negative log-likelihood of a token in nats, ppl its exponential.\n\n\
     Example: gemrun eval ppl e2b --file story.txt --ctx 1024 --json"
 )]
 struct Ppl {
@@ -150,7 +150,7 @@ impl Ppl {
 /// Measure how far a model is from another on a text
 #[derive(Args)]
 #[command(after_help = "KL is that of MODEL's next-token distribution from MODEL2's, in nats, over all tokens of the \
-    text;\ntop1 is how often both find the same token likeliest. Windows as in eval ppl. To compare two ways to compute\n\
+    text; top1 is how often both find the same token likeliest. Windows as in eval ppl. To compare two ways to compute \
     one model, name it twice: --act applies to MODEL, --base-act to MODEL2.\n\n\
     Example: gemrun eval kl e2b --base e2b --base-act float --file story.txt")]
 struct Kl {

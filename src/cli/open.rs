@@ -53,7 +53,9 @@ pub struct Compute {
 enum KvArg {
     F32,
     F16,
+    #[value(hide = true)]
     Int8,
+    #[value(hide = true)]
     Mixed,
 }
 

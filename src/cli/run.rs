@@ -43,19 +43,19 @@ pub struct Run {
     #[arg(short = 'n', long, value_name = "N")]
     predict: Option<usize>,
     /// Temperature; 0 always takes the likeliest token [default: the file's, else 1]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     temp: Option<f32>,
     /// Choose among the K likeliest tokens; 0 is all [default: the file's, else 64]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Choose among the likeliest tokens that together have probability P [default: the file's, else 0.95]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Leave out tokens less than P times as likely as the likeliest [default: the file's, else 0]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Divide the logits of recent tokens by X; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     repeat_penalty: f32,
     /// Seed of the random choices [default: a new one each time, shown by --stats]
     #[arg(short, long, value_name = "N")]

@@ -25,8 +25,8 @@ use super::{Result, open, terminal};
     gemrun show demo\n  \
     gemrun show ./model.gguf --tensors\n  \
     gemrun show e2b --json | jq .metadata\n\n\
-    Shapes are in the file's order, fastest dimension first. Offsets count from the start of the tensor data.\n\
-    In JSON, arrays of more than 64 entries are given by type, length and first entries.")]
+    Shapes are in the file's order, fastest dimension first. Offsets count from the start of the tensor \
+    data. In JSON, arrays of more than 64 entries are given by type, length and first entries.")]
 pub struct Show {
     /// Model name or path of a GGUF file
     model: OsString,
