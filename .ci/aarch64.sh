@@ -7,9 +7,12 @@
 have() { command -v "$1" >/dev/null 2>&1; }
 
 if rustup target add aarch64-unknown-linux-musl >/dev/null 2>&1; then
-    if ! have qemu-aarch64; then
-        apt-get install -y -q qemu-user >/dev/null 2>&1 || { apt-get update -q >/dev/null && apt-get install -y -q qemu-user >/dev/null; }
+    # The compiler is for the C of a benchmark dependency; the product has none.
+    if ! have qemu-aarch64 || ! have aarch64-linux-gnu-gcc; then
+        install() { apt-get install -y -q --no-install-recommends qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross >/dev/null 2>&1; }
+        install || { apt-get update -q >/dev/null && install; }
     fi
+    export CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc AR_aarch64_unknown_linux_musl=aarch64-linux-gnu-ar
     a64_run() { local cpu=${A64_CPU:-max}; [ "$cpu" = max ] && cpu=max,pauth-impdef=on; qemu-aarch64 -cpu "$cpu" "$@"; }
     a64_cargo() {
         local cpu=${A64_CPU:-max}
