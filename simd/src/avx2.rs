@@ -26,7 +26,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use crate::format::{Block, Group};
+use crate::format::{self, Block, Group};
 use crate::scalar::check;
 use crate::vec::LANES;
 use crate::{Acts, Format, Isa, Kernel, Layout, Tile};
@@ -67,26 +67,59 @@ fn matmul<B: Block>(w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
         return;
     }
     let mut panel = Panel::new();
-    for (r, eight) in w.chunks(ROWS * row_bytes).enumerate() {
-        let n = eight.len() / row_bytes;
-        // Short of eight rows, the last is read again and its result dropped.
-        let mut rows = [&eight[..row_bytes]; ROWS];
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = &eight[i.min(n - 1) * row_bytes..][..row_bytes];
-        }
+    for (r, w) in w.chunks(ROWS * row_bytes).enumerate() {
+        let n = w.len() / row_bytes;
         let lanes = r * ROWS..r * ROWS + n;
         if x.tokens < MANY {
             for t in 0..x.tokens {
+                let token = Token::of(x, t);
                 let acc = match B::FORMAT {
-                    Format::Q4_0 => eight_q4_0(&rows, &Token::of(x, t)),
-                    Format::Q8_0 => eight_q8_0(&rows, &Token::of(x, t)),
-                    Format::Q6K => eight_q6_k(&rows, &Token::of(x, t)),
-                    _ => eight_groups::<B>(&rows, &Token::of(x, t)),
+                    Format::Q4_0 => eight_q4_0(&Eight::new(w, row_bytes), &token),
+                    Format::Q8_0 => eight_q8_0(&Eight::new(w, row_bytes), &token),
+                    Format::Q6K => eight_q6_k(&Eight::new(w, row_bytes), &token),
+                    _ => eight_groups::<B>(w, row_bytes, &token),
                 };
                 out.row(t)[lanes.clone()].copy_from_slice(&floats(acc)[..n]);
             }
         } else {
-            panel.matmul::<B>(&rows, x, |t, acc| out.row(t)[lanes.clone()].copy_from_slice(&acc[..n]));
+            panel.matmul::<B>(w, row_bytes, x, |t, acc| out.row(t)[lanes.clone()].copy_from_slice(&acc[..n]));
+        }
+    }
+}
+
+/// Eight rows of `n` blocks of `N` bytes each. Short of eight, the last row stands in for the missing ones.
+struct Eight<'a, const N: usize> {
+    rows: [&'a [[u8; N]]; ROWS],
+    n: usize,
+}
+
+impl<'a, const N: usize> Eight<'a, N> {
+    /// `w` is one to eight rows of `row_bytes` bytes.
+    fn new(w: &'a [u8], row_bytes: usize) -> Eight<'a, N> {
+        let last = w.len() / row_bytes - 1;
+        let mut rows = [&[][..]; ROWS];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = w[i.min(last) * row_bytes..][..row_bytes].as_chunks().0;
+        }
+        Eight { rows, n: row_bytes / N }
+    }
+
+    /// Block `b` of row `i`. One bound for all rows, so that loops over blocks check nothing.
+    #[inline(always)]
+    fn block(&self, i: usize, b: usize) -> &'a [u8; N] {
+        assert!(b < self.n);
+        // SAFETY: `new` made each row `n` blocks long.
+        unsafe { self.rows[i].get_unchecked(b) }
+    }
+
+    /// Asks for the bytes of block `b` in the eight rows after these, which need not exist: a prefetch
+    /// reads nothing and never faults. The matmul will be there next.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn prefetch(&self, b: usize, within: usize) {
+        let ahead = ROWS * self.n * N + within;
+        for row in &self.rows {
+            _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(b).cast::<u8>().wrapping_add(ahead).cast());
         }
     }
 }
@@ -108,20 +141,20 @@ impl<'a> Token<'a> {
             sums: &x.sums.as_chunks().0[t * n..][..n],
         }
     }
+
+    /// Activations, scale and sums of each group, of which there are `n`.
+    #[inline(always)]
+    fn groups(&self, n: usize) -> impl Iterator<Item = ((&'a [i8; 32], &'a f32), &'a [i16; 2])> {
+        self.a[..n].iter().zip(&self.da[..n]).zip(&self.sums[..n])
+    }
 }
 
 // Loads and stores, the only places that touch memory by pointer. All unaligned.
 
-#[inline(always)]
-fn bytes<const N: usize, const FROM: usize, const TO: usize>(b: &[u8; N]) -> &[u8] {
-    const { assert!(FROM < TO && TO <= N) }
-    &b[FROM..TO]
-}
-
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load16(b: &[u8]) -> __m128i {
-    let b: &[u8; 16] = b.try_into().expect("16 bytes");
+    let b: &[u8; 16] = b.first_chunk().expect("16 bytes");
     // SAFETY: 16 bytes are there.
     unsafe { _mm_loadu_si128(b.as_ptr().cast()) }
 }
@@ -129,7 +162,7 @@ fn load16(b: &[u8]) -> __m128i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load32(b: &[u8]) -> __m256i {
-    let b: &[u8; 32] = b.try_into().expect("32 bytes");
+    let b: &[u8; 32] = b.first_chunk().expect("32 bytes");
     // SAFETY: 32 bytes are there.
     unsafe { _mm256_loadu_si256(b.as_ptr().cast()) }
 }
@@ -171,14 +204,6 @@ fn store32(out: &mut [u8; 32], v: __m256i) {
     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), v) }
 }
 
-/// Asks for the cache line `ahead` bytes after the start of `b`, which need not exist: a prefetch reads
-/// nothing and never faults.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prefetch(b: &[u8], ahead: usize) {
-    _mm_prefetch::<_MM_HINT_T0>(b.as_ptr().wrapping_add(ahead).cast());
-}
-
 // Pieces the paths share.
 
 /// Both sums of 16 activations, as a pair in every lane.
@@ -188,12 +213,24 @@ fn pair(sums: &[i16; 2]) -> __m256i {
     _mm256_set1_epi32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32)
 }
 
-/// The little-endian half at the start of each block of eight rows, as f32.
+/// The half at byte `at` of block `b` of eight rows, as f32. Reads 4 bytes of each: a whole word goes to a
+/// vector without a shuffle.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn halves(b: [&[u8; 2]; ROWS]) -> __m256 {
-    let h = b.map(|b| i16::from_le_bytes(*b));
-    _mm256_cvtph_ps(_mm_setr_epi16(h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]))
+fn halves<const N: usize>(rows: &Eight<N>, b: usize, at: usize) -> __m256 {
+    let mut h = [_mm_setzero_si128(); ROWS];
+    for (i, h) in h.iter_mut().enumerate() {
+        let word: &[u8; 4] = rows.block(i, b)[at.min(N - 4)..][..4].try_into().expect("4 bytes");
+        *h = _mm_cvtsi32_si128(i32::from_le_bytes(*word) >> (8 * (at - at.min(N - 4))));
+    }
+    let pairs = [
+        _mm_unpacklo_epi16(h[0], h[1]),
+        _mm_unpacklo_epi16(h[2], h[3]),
+        _mm_unpacklo_epi16(h[4], h[5]),
+        _mm_unpacklo_epi16(h[6], h[7]),
+    ];
+    let fours = [_mm_unpacklo_epi32(pairs[0], pairs[1]), _mm_unpacklo_epi32(pairs[2], pairs[3])];
+    _mm256_cvtph_ps(_mm_unpacklo_epi64(fours[0], fours[1]))
 }
 
 /// The sum of each of eight vectors of i32, in order.
@@ -228,146 +265,238 @@ fn subtract_minima(acc: __m256, msum: __m256i, dmin: __m256, da: f32) -> __m256 
 
 // Few tokens: eight rows read where they lie.
 
-/// The blocks of eight rows, `N` bytes each, as many in each row.
-#[inline(always)]
-fn blocks<'a, const N: usize>(rows: &[&'a [u8]; ROWS], n: usize) -> [&'a [[u8; N]]; ROWS] {
-    rows.map(|row| &row.as_chunks().0[..n])
-}
-
 #[target_feature(enable = "avx2,fma,f16c")]
-fn eight_q4_0(rows: &[&[u8]; ROWS], x: &Token) -> __m256 {
-    let n = x.a.len();
-    let blocks = blocks::<18>(rows, n);
-    let (da, sums) = (&x.da[..n], &x.sums[..n]);
-    let ahead = ROWS * rows[0].len();
+fn eight_q4_0(rows: &Eight<18>, x: &Token) -> __m256 {
     let low = _mm256_set1_epi8(15);
     let mut acc = _mm256_setzero_ps();
-    for g in 0..n {
-        let a = load_i8(&x.a[g]);
+    for (g, ((a, da), sums)) in x.groups(rows.n).enumerate() {
+        if g % 4 == 0 {
+            rows.prefetch(g, 0);
+        }
+        let a = load_i8(a);
         let a_low = _mm256_permute2x128_si256::<0x00>(a, a);
         let a_high = _mm256_permute2x128_si256::<0x11>(a, a);
         // Rows i and i + 4 share a vector. |sum of four products| ≤ 4·15·127 = 7 620, so two levels of
         // horizontal additions still fit in 16 bits: 30 480.
         let mut part = [_mm256_setzero_si256(); 4];
-        for i in 0..4 {
-            let (b, c) = (&blocks[i][g], &blocks[i + 4][g]);
-            if g % 4 == 0 {
-                prefetch(b, ahead);
-                prefetch(c, ahead);
-            }
-            let q = _mm256_set_m128i(load16(bytes::<18, 2, 18>(c)), load16(bytes::<18, 2, 18>(b)));
+        for (i, part) in part.iter_mut().enumerate() {
+            let q = _mm256_set_m128i(load16(&rows.block(i + 4, g)[2..]), load16(&rows.block(i, g)[2..]));
             let products_low = _mm256_maddubs_epi16(_mm256_and_si256(q, low), a_low);
             let products_high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(q), low), a_high);
-            part[i] = _mm256_add_epi16(products_low, products_high);
+            *part = _mm256_add_epi16(products_low, products_high);
         }
         let part = _mm256_hadd_epi16(_mm256_hadd_epi16(part[0], part[1]), _mm256_hadd_epi16(part[2], part[3]));
         let isum = _mm256_madd_epi16(part, _mm256_set1_epi16(1));
-        let isum = _mm256_sub_epi32(isum, _mm256_madd_epi16(pair(&sums[g]), _mm256_set1_epi16(8)));
-        let d = halves(blocks.map(|b| b[g].first_chunk().expect("a half")));
-        acc = accumulate(acc, isum, d, da[g]);
+        let isum = _mm256_sub_epi32(isum, _mm256_madd_epi16(pair(sums), _mm256_set1_epi16(8)));
+        acc = accumulate(acc, isum, halves(rows, g, 0), *da);
     }
     acc
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn eight_q8_0(rows: &[&[u8]; ROWS], x: &Token) -> __m256 {
-    let n = x.a.len();
-    let blocks = blocks::<34>(rows, n);
-    let da = &x.da[..n];
-    let ahead = ROWS * rows[0].len();
+fn eight_q8_0(rows: &Eight<34>, x: &Token) -> __m256 {
     let mut acc = _mm256_setzero_ps();
-    for g in 0..n {
-        let a = load_i8(&x.a[g]);
-        let mut part = [_mm256_setzero_si256(); ROWS];
-        for i in 0..ROWS {
-            let b = &blocks[i][g];
-            if g % 2 == 0 {
-                prefetch(b, ahead);
-            }
-            let products = signed_products(load32(bytes::<34, 2, 34>(b)), a);
-            part[i] = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+    for (g, ((a, da), _)) in x.groups(rows.n).enumerate() {
+        if g % 2 == 0 {
+            rows.prefetch(g, 0);
         }
-        let d = halves(blocks.map(|b| b[g].first_chunk().expect("a half")));
-        acc = accumulate(acc, sums_of(&part), d, da[g]);
+        let a = load_i8(a);
+        let mut part = [_mm256_setzero_si256(); ROWS];
+        for (i, part) in part.iter_mut().enumerate() {
+            let products = signed_products(load32(&rows.block(i, g)[2..]), a);
+            *part = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+        }
+        acc = accumulate(acc, sums_of(&part), halves(rows, g, 0), *da);
     }
     acc
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn eight_q6_k(rows: &[&[u8]; ROWS], x: &Token) -> __m256 {
-    let n = x.a.len() / 8;
-    let blocks = blocks::<210>(rows, n);
-    let ahead = ROWS * rows[0].len();
-    let (a, da) = (x.a.as_chunks::<8>().0, x.da.as_chunks::<8>().0);
-    let (a, da) = (&a[..n], &da[..n]);
+fn eight_q6_k(rows: &Eight<210>, x: &Token) -> __m256 {
+    let (a, da) = (x.a.as_chunks::<4>().0, x.da.as_chunks::<4>().0);
     let low = _mm256_set1_epi8(15);
     let two = _mm256_set1_epi8(0x30);
     let bias = _mm256_set1_epi8(32);
     let mut acc = _mm256_setzero_ps();
-    for b in 0..n {
-        let d = halves(blocks.map(|row| row[b].last_chunk().expect("a half")));
-        for half in 0..2 {
-            let mut part = [[_mm256_setzero_si256(); ROWS]; 4];
-            for i in 0..ROWS {
-                let block = &blocks[i][b];
-                prefetch(block, ahead + 105 * half);
-                prefetch(block, ahead + 105 * half + 64);
-                let l0 = load32(&block[64 * half..][..32]);
-                let l1 = load32(&block[64 * half + 32..][..32]);
-                let h = load32(&block[128 + 32 * half..][..32]);
-                let q = [
-                    (_mm256_and_si256(l0, low), _mm256_slli_epi16::<4>(h)),
-                    (_mm256_and_si256(l1, low), _mm256_slli_epi16::<2>(h)),
-                    (_mm256_and_si256(_mm256_srli_epi16::<4>(l0), low), h),
-                    (_mm256_and_si256(_mm256_srli_epi16::<4>(l1), low), _mm256_srli_epi16::<2>(h)),
-                ];
-                let scales = load16(bytes::<210, 192, 208>(block));
-                for (g, (l, h)) in q.into_iter().enumerate() {
-                    let q = _mm256_or_si256(l, _mm256_and_si256(h, two));
-                    let a = load_i8(&a[b][4 * half + g]);
-                    // (q − 32)·a in pairs: each product sum is at most 16 002, so neither saturates.
-                    let products = _mm256_sub_epi16(_mm256_maddubs_epi16(q, a), _mm256_maddubs_epi16(bias, a));
-                    let s = (8 * half + 2 * g) as i8;
-                    let pick =
-                        _mm_setr_epi8(s, s, s, s, s, s, s, s, s + 1, s + 1, s + 1, s + 1, s + 1, s + 1, s + 1, s + 1);
-                    let scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, pick));
-                    part[g][i] = _mm256_madd_epi16(products, scale);
-                }
+    for (k, (a, da)) in a.iter().zip(da).enumerate() {
+        // Four groups at a time: half a block shares its bytes, see `format::Q6K`.
+        let (b, half) = (k / 2, k % 2);
+        rows.prefetch(b, 105 * half);
+        rows.prefetch(b, 105 * half + 64);
+        let a = [load_i8(&a[0]), load_i8(&a[1]), load_i8(&a[2]), load_i8(&a[3])];
+        let mut part = [[_mm256_setzero_si256(); ROWS]; 4];
+        #[allow(clippy::needless_range_loop)] // i is a lane, the inner index
+        for i in 0..ROWS {
+            let block = rows.block(i, b);
+            let l0 = load32(&block[64 * half..][..32]);
+            let l1 = load32(&block[64 * half + 32..][..32]);
+            let h = load32(&block[128 + 32 * half..][..32]);
+            let q = [
+                (_mm256_and_si256(l0, low), _mm256_slli_epi16::<4>(h)),
+                (_mm256_and_si256(l1, low), _mm256_slli_epi16::<2>(h)),
+                (_mm256_and_si256(_mm256_srli_epi16::<4>(l0), low), h),
+                (_mm256_and_si256(_mm256_srli_epi16::<4>(l1), low), _mm256_srli_epi16::<2>(h)),
+            ];
+            let scales = load16(&block[192..208]);
+            for (g, (l, h)) in q.into_iter().enumerate() {
+                let q = _mm256_or_si256(l, _mm256_and_si256(h, two));
+                // (q − 32)·a in pairs: each side is at most 63·127·2 = 16 002, so nothing saturates.
+                let products = _mm256_sub_epi16(_mm256_maddubs_epi16(q, a[g]), _mm256_maddubs_epi16(bias, a[g]));
+                let first = _mm_set1_epi8((8 * half + 2 * g) as i8);
+                let pick = _mm_add_epi8(first, _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
+                let scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, pick));
+                part[g][i] = _mm256_madd_epi16(products, scale);
             }
-            for (g, part) in part.iter().enumerate() {
-                acc = accumulate(acc, sums_of(part), d, da[b][4 * half + g]);
-            }
+        }
+        let d = halves(rows, b, 208);
+        for (part, da) in part.iter().zip(da) {
+            acc = accumulate(acc, sums_of(part), d, *da);
         }
     }
     acc
 }
 
-/// Any block format: eight groups decoded, then multiplied.
+/// Any block format, a row at a time in each lane.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn eight_groups<B: Block>(rows: &[&[u8]; ROWS], x: &Token) -> __m256 {
-    let per_block = B::FORMAT.block_elems() / 32;
+fn eight_groups<B: Block>(w: &[u8], row_bytes: usize, x: &Token) -> __m256 {
     let mut acc = _mm256_setzero_ps();
-    for k in 0..x.a.len() {
-        let (b, g) = (k / per_block, k % per_block);
-        let a = load_i8(&x.a[k]);
+    let rows = w.len() / row_bytes;
+    for (k, ((a, da), sums)) in x.groups(x.a.len()).enumerate() {
+        let a = load_i8(a);
         let mut part = [_mm256_setzero_si256(); ROWS];
-        let (mut d, mut dmin, mut msum) = ([0.0; ROWS], [0.0; ROWS], [0; ROWS]);
-        for i in 0..ROWS {
-            let w = B::group(&rows[i][b * B::FORMAT.block_bytes()..][..B::FORMAT.block_bytes()], g);
-            let scale = _mm256_set_m128i(_mm_set1_epi16(w.s[1] as i16), _mm_set1_epi16(w.s[0] as i16));
-            part[i] = _mm256_madd_epi16(signed_products(load_i8(&w.q), a), scale);
-            d[i] = w.d;
-            dmin[i] = w.dmin;
-            msum[i] = w.m[0] * x.sums[k][0] as i32 + w.m[1] * x.sums[k][1] as i32;
+        let mut scales = Scales::new();
+        for i in 0..rows {
+            let (block, g) = group_of::<B>(&w[i * row_bytes..][..row_bytes], k);
+            let q = stored::<B>(block, g);
+            let products = if run::<B>() > 0 { _mm256_maddubs_epi16(q, a) } else { signed_products(q, a) };
+            let s = scales.set(i, &B::group(block, g));
+            let scale = _mm256_set_m128i(_mm_set1_epi16(s[1]), _mm_set1_epi16(s[0]));
+            part[i] = _mm256_madd_epi16(products, scale);
         }
-        acc = accumulate(acc, sums_of(&part), load_f32(&d), x.da[k]);
+        let mut isum = sums_of(&part);
+        if run::<B>() > 0 && B::BIAS > 0 {
+            let biased = _mm256_mullo_epi16(load_i16(&scales.s), _mm256_set1_epi16(B::BIAS as i16));
+            isum = _mm256_sub_epi32(isum, _mm256_madd_epi16(biased, pair(sums)));
+        }
+        acc = accumulate(acc, isum, load_f32(&scales.d), *da);
         if B::MINIMA {
-            let m = msum;
-            let msum = _mm256_setr_epi32(m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]);
-            acc = subtract_minima(acc, msum, load_f32(&dmin), x.da[k]);
+            let msum = _mm256_madd_epi16(load_i16(&scales.m), pair(sums));
+            acc = subtract_minima(acc, msum, load_f32(&scales.dmin), *da);
         }
     }
     acc
+}
+
+/// The block of a row that holds its group `k`, and which of the block's groups that is.
+#[inline(always)]
+fn group_of<B: Block>(row: &[u8], k: usize) -> (&[u8], usize) {
+    let per_block = B::FORMAT.block_elems() / 32;
+    (&row[k / per_block * B::FORMAT.block_bytes()..][..B::FORMAT.block_bytes()], k % per_block)
+}
+
+/// All but the weights of one group of eight rows, in lanes.
+#[derive(Clone, Copy)]
+struct Scales {
+    /// Scales of the halves, a pair in each lane.
+    s: [i16; 16],
+    /// Minima of the halves, a pair in each lane.
+    m: [i16; 16],
+    d: [f32; ROWS],
+    dmin: [f32; ROWS],
+}
+
+impl Scales {
+    const fn new() -> Scales {
+        Scales { s: [0; 16], m: [0; 16], d: [0.0; ROWS], dmin: [0.0; ROWS] }
+    }
+
+    /// Puts a group into lane `i`; returns its scales.
+    #[inline(always)]
+    fn set(&mut self, i: usize, w: &Group) -> [i16; 2] {
+        let s = w.s.map(|s| s as i16);
+        (self.s[2 * i], self.s[2 * i + 1]) = (s[0], s[1]);
+        (self.m[2 * i], self.m[2 * i + 1]) = (w.m[0] as i16, w.m[1] as i16);
+        (self.d[i], self.dmin[i]) = (w.d, w.dmin);
+        s
+    }
+}
+
+/// The weights of a group as the many-token path stores them: q + BIAS where `run` is positive, else q.
+///
+/// Where vectors do not help, `Block::group` decodes; elsewhere only its scales are used, and the
+/// compiler drops the rest.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn stored<B: Block>(b: &[u8], g: usize) -> __m256i {
+    match B::FORMAT {
+        Format::Q4_0 => nibbles(&b[2..]),
+        Format::Q4_1 => nibbles(&b[4..]),
+        Format::Q5_0 => _mm256_or_si256(nibbles(&b[6..]), bits(&b[2..], 16)),
+        Format::Q5_1 => _mm256_or_si256(nibbles(&b[8..]), bits(&b[4..], 16)),
+        Format::Q8_0 => load32(&b[2..]),
+        Format::Q2K => field(&b[16 + 32 * (g / 4)..], 2 * (g % 4), 3),
+        Format::Q3K => {
+            let high = _mm256_slli_epi16::<2>(field(b, g, 1));
+            _mm256_or_si256(field(&b[32 + 32 * (g / 4)..], 2 * (g % 4), 3), high)
+        }
+        Format::Q4K => field(&b[16 + 32 * (g / 2)..], 4 * (g % 2), 15),
+        Format::Q5K => {
+            let high = _mm256_slli_epi16::<4>(field(&b[16..], g, 1));
+            _mm256_or_si256(field(&b[48 + 32 * (g / 2)..], 4 * (g % 2), 15), high)
+        }
+        Format::Q6K => {
+            let (half, part) = (g / 4, g % 4);
+            let high = _mm256_slli_epi16::<4>(field(&b[128 + 32 * half..], 2 * part, 3));
+            _mm256_or_si256(field(&b[64 * half + 32 * (part % 2)..], 4 * (part / 2), 15), high)
+        }
+        Format::Iq4Nl => look_up(&format::IQ4, nibbles(&b[2..])),
+        Format::Iq4Xs => look_up(&format::IQ4, nibbles(&b[8 + 16 * g..])),
+        Format::Mxfp4 => _mm256_add_epi8(look_up(&format::E2M1, nibbles(&b[1..])), _mm256_set1_epi8(12)),
+        Format::Tq2_0 => field(&b[32 * (g / 4)..], 2 * (g % 4), 3),
+        Format::Q1_0 => bits(&b[2 + 4 * g..], 2),
+        _ => {
+            let bias = if run::<B>() > 0 { B::BIAS as i8 } else { 0 };
+            _mm256_add_epi8(load_i8(&B::group(b, g).q), _mm256_set1_epi8(bias))
+        }
+    }
+}
+
+/// 16 bytes of nibbles: low nibbles, then high nibbles.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles(b: &[u8]) -> __m256i {
+    let b = load16(b);
+    _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16::<4>(b), b), _mm256_set1_epi8(15))
+}
+
+/// The bits `mask << shift` of 32 bytes, shifted down.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn field(b: &[u8], shift: usize, mask: i8) -> __m256i {
+    let shifted = _mm256_srl_epi16(load32(b), _mm_cvtsi32_si128(shift as i32));
+    _mm256_and_si256(shifted, _mm256_set1_epi8(mask))
+}
+
+/// `value` for each of 32 bits that is set, the least significant first.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bits(b: &[u8], value: i8) -> __m256i {
+    let word = _mm256_set1_epi32(i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    // Byte i/8 in every byte, then its bit i%8.
+    let zeros = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    let spread = _mm256_set_m128i(_mm_add_epi8(zeros, _mm_set1_epi8(2)), zeros);
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(word, spread), bit), bit);
+    _mm256_and_si256(set, _mm256_set1_epi8(value))
+}
+
+/// table[i] for 32 indices below 16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up(table: &[i8; 16], indices: __m256i) -> __m256i {
+    // SAFETY: 16 bytes are there.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), indices)
 }
 
 // Many tokens: eight rows unpacked once.
@@ -380,12 +509,7 @@ const CHUNK: usize = 32;
 struct Panel {
     /// Weights as the drawing above; biased to be unsigned where the format's span allows.
     q: [[[u8; 32]; 8]; CHUNK],
-    /// Scale of each half of the group: the row's scale twice in each lane.
-    s: [[[i16; 16]; 2]; CHUNK],
-    /// Minima of the halves, a pair in each lane.
-    m: [[i16; 16]; CHUNK],
-    d: [[f32; ROWS]; CHUNK],
-    dmin: [[f32; ROWS]; CHUNK],
+    scales: [Scales; CHUNK],
     /// Accumulators of every token, kept from one chunk of a row to the next.
     acc: Vec<[f32; ROWS]>,
 }
@@ -410,25 +534,18 @@ const fn run<B: Block>() -> usize {
 
 impl Panel {
     fn new() -> Panel {
-        Panel {
-            q: [[[0; 32]; 8]; CHUNK],
-            s: [[[0; 16]; 2]; CHUNK],
-            m: [[0; 16]; CHUNK],
-            d: [[0.0; ROWS]; CHUNK],
-            dmin: [[0.0; ROWS]; CHUNK],
-            acc: Vec::new(),
-        }
+        Panel { q: [[[0; 32]; 8]; CHUNK], scales: [Scales::new(); CHUNK], acc: Vec::new() }
     }
 
     /// Eight rows times all tokens; calls `out` with each token's results.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn matmul<B: Block>(&mut self, rows: &[&[u8]; ROWS], x: &Acts, mut out: impl FnMut(usize, &[f32; ROWS])) {
+    fn matmul<B: Block>(&mut self, w: &[u8], row_bytes: usize, x: &Acts, mut out: impl FnMut(usize, &[f32; ROWS])) {
         let groups = x.cols / 32;
         self.acc.clear();
         self.acc.resize(x.tokens, [0.0; ROWS]);
         for from in (0..groups).step_by(CHUNK) {
             let n = CHUNK.min(groups - from);
-            self.unpack::<B>(rows, from, n);
+            self.unpack::<B>(w, row_bytes, from, n);
             let mut t = 0;
             while t + 4 <= x.tokens {
                 self.multiply::<B, 4>(x, t, from, n);
@@ -444,26 +561,17 @@ impl Panel {
         }
     }
 
-    /// Unpacks groups `from..from + n` of the rows.
+    /// Unpacks groups `from..from + n` of the rows. Lanes without a row keep what they had.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn unpack<B: Block>(&mut self, rows: &[&[u8]; ROWS], from: usize, n: usize) {
-        let per_block = B::FORMAT.block_elems() / 32;
-        let bias = _mm256_set1_epi8(if run::<B>() > 0 { B::BIAS as i8 } else { 0 });
-        for k in 0..n {
-            let (b, g) = ((from + k) / per_block, (from + k) % per_block);
+    fn unpack<B: Block>(&mut self, w: &[u8], row_bytes: usize, from: usize, n: usize) {
+        for (k, (vectors, scales)) in self.q.iter_mut().zip(&mut self.scales).take(n).enumerate() {
             let mut q = [_mm256_setzero_si256(); ROWS];
-            for i in 0..ROWS {
-                let w: Group = B::group(&rows[i][b * B::FORMAT.block_bytes()..][..B::FORMAT.block_bytes()], g);
-                q[i] = _mm256_add_epi8(load_i8(&w.q), bias);
-                for h in 0..2 {
-                    self.s[k][h][2 * i] = w.s[h] as i16;
-                    self.s[k][h][2 * i + 1] = w.s[h] as i16;
-                    self.m[k][2 * i + h] = w.m[h] as i16;
-                }
-                self.d[k][i] = w.d;
-                self.dmin[k][i] = w.dmin;
+            for (i, row) in w.chunks_exact(row_bytes).enumerate() {
+                let (block, g) = group_of::<B>(row, from + k);
+                q[i] = stored::<B>(block, g);
+                scales.set(i, &B::group(block, g));
             }
-            for (out, v) in self.q[k].iter_mut().zip(transpose(q)) {
+            for (out, v) in vectors.iter_mut().zip(transpose(q)) {
                 store32(out, v);
             }
         }
@@ -483,7 +591,9 @@ impl Panel {
         }
         for k in 0..n {
             let mut isum = [_mm256_setzero_si256(); T];
-            let scale = [load_i16(&self.s[k][0]), load_i16(&self.s[k][1])];
+            let scales = &self.scales[k];
+            let pairs = load_i16(&scales.s);
+            let scale = [twice::<0>(pairs), twice::<1>(pairs)];
             let run = const { run::<B>() };
             if run > 0 {
                 for first in (0..8).step_by(run) {
@@ -501,7 +611,6 @@ impl Panel {
                     }
                 }
                 if B::BIAS > 0 {
-                    let pairs = _mm256_blend_epi16::<0xAA>(scale[0], scale[1]);
                     let pairs = _mm256_mullo_epi16(pairs, _mm256_set1_epi16(B::BIAS as i16));
                     for i in 0..T {
                         isum[i] = _mm256_sub_epi32(isum[i], _mm256_madd_epi16(pairs, pair(&sums[i][k])));
@@ -517,12 +626,12 @@ impl Panel {
                     }
                 }
             }
-            let d = load_f32(&self.d[k]);
+            let d = load_f32(&scales.d);
             for i in 0..T {
                 acc[i] = accumulate(acc[i], isum[i], d, da[i][k]);
             }
             if B::MINIMA {
-                let (m, dmin) = (load_i16(&self.m[k]), load_f32(&self.dmin[k]));
+                let (m, dmin) = (load_i16(&scales.m), load_f32(&scales.dmin));
                 for i in 0..T {
                     let msum = _mm256_madd_epi16(m, pair(&sums[i][k]));
                     acc[i] = subtract_minima(acc[i], msum, dmin, da[i][k]);
@@ -533,6 +642,16 @@ impl Panel {
             *kept = floats(acc);
         }
     }
+}
+
+/// The low or the high number of each pair, twice.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn twice<const HIGH: usize>(pairs: __m256i) -> __m256i {
+    let low = _mm256_setr_epi8(
+        0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13, 0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13,
+    );
+    _mm256_shuffle_epi8(pairs, _mm256_add_epi8(low, _mm256_set1_epi8(2 * HIGH as i8)))
 }
 
 /// Activations 4v..4v+4 of group k, in every lane.
