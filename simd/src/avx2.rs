@@ -413,7 +413,7 @@ impl Scales {
     /// Puts a group into lane `i`; returns its scales.
     #[inline(always)]
     fn set(&mut self, i: usize, w: &Group) -> [i16; 2] {
-        let s = w.s.map(|s| s as i16);
+        let s = [w.s[0] as i16, w.s[1] as i16];
         (self.s[2 * i], self.s[2 * i + 1]) = (s[0], s[1]);
         (self.m[2 * i], self.m[2 * i + 1]) = (w.m[0] as i16, w.m[1] as i16);
         (self.d[i], self.dmin[i]) = (w.d, w.dmin);
@@ -659,7 +659,7 @@ fn twice<const HIGH: usize>(pairs: __m256i) -> __m256i {
 #[target_feature(enable = "avx2")]
 fn four(a: &[[i8; 32]], k: usize, v: usize) -> __m256i {
     let a = a[k].as_chunks::<4>().0[v];
-    _mm256_set1_epi32(i32::from_le_bytes(a.map(|a| a as u8)))
+    _mm256_set1_epi32(i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8]))
 }
 
 /// Eight vectors of eight dwords, rows to columns.
@@ -745,8 +745,8 @@ impl crate::vec::Native for Avx2 {
         #[inline]
         #[target_feature(enable = "avx")]
         fn sum(lanes: [f32; LANES]) -> f32 {
-            // SAFETY: four loads of 8 cover the 32 lanes.
-            let [a, b, c, d] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(lanes[8 * i..].as_ptr()) });
+            // SAFETY: 32 lanes are four vectors of eight; any bits are valid f32.
+            let [a, b, c, d]: [__m256; 4] = unsafe { std::mem::transmute(lanes) };
             let v = _mm256_add_ps(_mm256_add_ps(a, c), _mm256_add_ps(b, d));
             let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));

@@ -239,7 +239,7 @@ impl Group {
     /// The 32 weights as f32; see [`Format::unpack_row`] for the rounding.
     #[inline(always)]
     pub fn values(&self) -> [f32; 32] {
-        std::array::from_fn(|i| {
+        each(|i| {
             let h = i / 16;
             (self.d * self.s[h] as f32) * self.q[i] as f32 - self.dmin * self.m[h] as f32
         })
@@ -269,6 +269,22 @@ fn fixed<const N: usize>(block: &[u8]) -> &[u8; N] {
     block.try_into().expect("a block has the size of its format")
 }
 
+/// An array of f(0), f(1), …: `array::from_fn`, but always inlined, so that the loop vectorises, and goes
+/// away where only the scales of a group are wanted.
+#[inline(always)]
+pub(crate) fn each<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
+    let mut out = [T::default(); N];
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = f(i);
+    }
+    out
+}
+
+#[inline(always)]
+fn signed(q: [u8; 32]) -> [i8; 32] {
+    each(|i| q[i] as i8)
+}
+
 #[inline(always)]
 fn f16_at(block: &[u8], at: usize) -> f32 {
     f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
@@ -278,7 +294,7 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
 #[inline(always)]
 fn nibbles(b: &[u8]) -> [u8; 32] {
     let b: &[u8; 16] = b[..16].try_into().expect("16 bytes");
-    std::array::from_fn(|i| if i < 16 { b[i] & 15 } else { b[i - 16] >> 4 })
+    each(|i| if i < 16 { b[i] & 15 } else { b[i - 16] >> 4 })
 }
 
 #[inline(always)]
@@ -295,7 +311,8 @@ impl Block for Q4_0 {
     #[inline(always)]
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<18>(block);
-        plain(nibbles(&b[2..]).map(|q| q as i8 - 8), f16_at(b, 0))
+        let q = nibbles(&b[2..]);
+        plain(each(|i| q[i] as i8 - 8), f16_at(b, 0))
     }
 }
 
@@ -309,7 +326,7 @@ impl Block for Q4_1 {
     #[inline(always)]
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<20>(block);
-        let q = nibbles(&b[4..]).map(|q| q as i8);
+        let q = signed(nibbles(&b[4..]));
         Group { q, s: [1, 1], m: [1, 1], d: f16_at(b, 0), dmin: -f16_at(b, 2) }
     }
 }
@@ -317,7 +334,7 @@ impl Block for Q4_1 {
 /// Adds 16 where the bit of `high` is set: bit i belongs to weight i.
 #[inline(always)]
 fn fifth_bit(q: [u8; 32], high: u32) -> [u8; 32] {
-    std::array::from_fn(|i| q[i] | (((high >> i) & 1) << 4) as u8)
+    each(|i| q[i] | (((high >> i) & 1) << 4) as u8)
 }
 
 /// f16 d; u32 fifth bits; 16 bytes of nibbles. Weight (q − 16)·d.
@@ -330,7 +347,8 @@ impl Block for Q5_0 {
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<22>(block);
         let high = u32::from_le_bytes([b[2], b[3], b[4], b[5]]);
-        plain(fifth_bit(nibbles(&b[6..]), high).map(|q| q as i8 - 16), f16_at(b, 0))
+        let q = fifth_bit(nibbles(&b[6..]), high);
+        plain(each(|i| q[i] as i8 - 16), f16_at(b, 0))
     }
 }
 
@@ -345,7 +363,7 @@ impl Block for Q5_1 {
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<24>(block);
         let high = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
-        let q = fifth_bit(nibbles(&b[8..]), high).map(|q| q as i8);
+        let q = signed(fifth_bit(nibbles(&b[8..]), high));
         Group { q, s: [1, 1], m: [1, 1], d: f16_at(b, 0), dmin: -f16_at(b, 2) }
     }
 }
@@ -359,7 +377,7 @@ impl Block for Q8_0 {
     #[inline(always)]
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<34>(block);
-        plain(std::array::from_fn(|i| b[2 + i] as i8), f16_at(b, 0))
+        plain(each(|i| b[2 + i] as i8), f16_at(b, 0))
     }
 }
 
@@ -368,7 +386,7 @@ impl Block for Q8_0 {
 #[inline(always)]
 fn two_bits(qs: &[u8], g: usize) -> [u8; 32] {
     let half: &[u8; 32] = qs[32 * (g / 4)..][..32].try_into().expect("32 bytes");
-    half.map(|b| (b >> (2 * (g % 4))) & 3)
+    each(|i| (half[i] >> (2 * (g % 4))) & 3)
 }
 
 /// 16 × (4-bit scale, 4-bit minimum); 64 bytes of 2-bit weights; f16 d; f16 dmin.
@@ -384,9 +402,9 @@ impl Block for Q2K {
         let b = fixed::<84>(block);
         let sm = [b[2 * g], b[2 * g + 1]];
         Group {
-            q: two_bits(&b[16..80], g).map(|q| q as i8),
-            s: sm.map(|v| (v & 15) as i32),
-            m: sm.map(|v| (v >> 4) as i32),
+            q: signed(two_bits(&b[16..80], g)),
+            s: [(sm[0] & 15) as i32, (sm[1] & 15) as i32],
+            m: [(sm[0] >> 4) as i32, (sm[1] >> 4) as i32],
             d: f16_at(b, 80),
             dmin: f16_at(b, 82),
         }
@@ -404,9 +422,10 @@ impl Block for Q3K {
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<110>(block);
         let low = two_bits(&b[32..96], g);
-        let q = std::array::from_fn(|i| (low[i] | ((b[i] >> g) & 1) << 2) as i8 - 4);
+        let q = each(|i| (low[i] | ((b[i] >> g) & 1) << 2) as i8 - 4);
         let scales = &b[96..108];
-        let s = [2 * g, 2 * g + 1].map(|i| {
+        let s = each(|h| {
+            let i = 2 * g + h;
             let low = if i < 8 { scales[i] & 15 } else { scales[i - 8] >> 4 };
             let high = (scales[8 + i % 4] >> (2 * (i / 4))) & 3;
             (low | high << 4) as i32 - 32
@@ -431,7 +450,7 @@ fn scale_min(scales: &[u8], g: usize) -> (i32, i32) {
 #[inline(always)]
 fn pair_nibbles(qs: &[u8], g: usize) -> [u8; 32] {
     let pair: &[u8; 32] = qs[32 * (g / 2)..][..32].try_into().expect("32 bytes");
-    pair.map(|b| (b >> (4 * (g % 2))) & 15)
+    each(|i| (pair[i] >> (4 * (g % 2))) & 15)
 }
 
 /// f16 d; f16 dmin; 12 bytes of scales and minima; 128 bytes of nibbles.
@@ -445,7 +464,7 @@ impl Block for Q4K {
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<144>(block);
         let (s, m) = scale_min(&b[4..16], g);
-        let q = pair_nibbles(&b[16..], g).map(|q| q as i8);
+        let q = signed(pair_nibbles(&b[16..], g));
         Group { q, s: [s, s], m: [m, m], d: f16_at(b, 0), dmin: f16_at(b, 2) }
     }
 }
@@ -462,7 +481,7 @@ impl Block for Q5K {
         let b = fixed::<176>(block);
         let (s, m) = scale_min(&b[4..16], g);
         let low = pair_nibbles(&b[48..], g);
-        let q = std::array::from_fn(|i| (low[i] | ((b[16 + i] >> g) & 1) << 4) as i8);
+        let q = each(|i| (low[i] | ((b[16 + i] >> g) & 1) << 4) as i8);
         Group { q, s: [s, s], m: [m, m], d: f16_at(b, 0), dmin: f16_at(b, 2) }
     }
 }
@@ -484,7 +503,7 @@ impl Block for Q6K {
         let (half, part) = (g / 4, g % 4);
         let low: &[u8; 32] = b[64 * half + 32 * (part % 2)..][..32].try_into().expect("32 bytes");
         let high: &[u8; 32] = b[128 + 32 * half..][..32].try_into().expect("32 bytes");
-        let q = std::array::from_fn(|i| {
+        let q = each(|i| {
             let low = (low[i] >> (4 * (part / 2))) & 15;
             let high = (high[i] >> (2 * part)) & 3;
             (low | high << 4) as i8 - 32
@@ -506,7 +525,8 @@ impl Block for Iq4Nl {
     #[inline(always)]
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<18>(block);
-        plain(nibbles(&b[2..]).map(|q| IQ4[q as usize]), f16_at(b, 0))
+        let q = nibbles(&b[2..]);
+        plain(each(|i| IQ4[q[i] as usize]), f16_at(b, 0))
     }
 }
 
@@ -523,7 +543,8 @@ impl Block for Iq4Xs {
         let high = u16::from_le_bytes([b[2], b[3]]);
         let low = (b[4 + g / 2] >> (4 * (g % 2))) & 15;
         let s = (low as u16 | ((high >> (2 * g)) & 3) << 4) as i32 - 32;
-        let q = nibbles(&b[8 + 16 * g..]).map(|q| IQ4[q as usize]);
+        let q = nibbles(&b[8 + 16 * g..]);
+        let q = each(|i| IQ4[q[i] as usize]);
         Group { q, s: [s, s], m: [0, 0], d: f16_at(b, 0), dmin: 0.0 }
     }
 }
@@ -547,7 +568,7 @@ impl Block for Tq1_0 {
     #[inline(always)]
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<54>(block);
-        let q = std::array::from_fn(|i| {
+        let q = each(|i| {
             let e = 32 * g + i;
             match e {
                 0..160 => trit(b[e % 32], e / 32),
@@ -568,7 +589,8 @@ impl Block for Tq2_0 {
     #[inline(always)]
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<66>(block);
-        plain(two_bits(&b[..64], g).map(|q| q as i8 - 1), f16_at(b, 64))
+        let q = two_bits(&b[..64], g);
+        plain(each(|i| q[i] as i8 - 1), f16_at(b, 64))
     }
 }
 
@@ -585,7 +607,8 @@ impl Block for Mxfp4 {
     fn group(block: &[u8], _: usize) -> Group {
         let b = fixed::<17>(block);
         let bits = if b[0] < 2 { 0x0020_0000 << b[0] } else { (b[0] as u32 - 1) << 23 };
-        plain(nibbles(&b[1..]).map(|q| E2M1[q as usize]), f32::from_bits(bits))
+        let q = nibbles(&b[1..]);
+        plain(each(|i| E2M1[q[i] as usize]), f32::from_bits(bits))
     }
 }
 
@@ -598,7 +621,7 @@ impl Block for Q1_0 {
     #[inline(always)]
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<18>(block);
-        let q = std::array::from_fn(|i| {
+        let q = each(|i| {
             let set = (b[2 + 4 * g + i / 8] >> (i % 8)) & 1;
             2 * set as i8 - 1
         });
@@ -615,7 +638,7 @@ impl Block for Q2_0 {
     #[inline(always)]
     fn group(block: &[u8], g: usize) -> Group {
         let b = fixed::<18>(block);
-        let q = std::array::from_fn(|i| ((b[2 + 8 * g + i / 4] >> (2 * (i % 4))) & 3) as i8 - 1);
+        let q = each(|i| ((b[2 + 8 * g + i / 4] >> (2 * (i % 4))) & 3) as i8 - 1);
         plain(q, f16_at(b, 0))
     }
 }

@@ -9,6 +9,7 @@
 //! A NaN goes in and comes out as *a* NaN; its payload is not part of the contract.
 
 use crate::Isa;
+use crate::format::each;
 use crate::half::{bf16_to_f32, f16_to_f32, f32_to_f16};
 
 /// Lanes of every f32 sum.
@@ -75,11 +76,11 @@ struct Software;
 impl Native for Software {
     #[inline(always)]
     fn load(h: &[u16; 8]) -> [f32; 8] {
-        h.map(f16_to_f32)
+        each(|i| f16_to_f32(h[i]))
     }
     #[inline(always)]
     fn store(x: &[f32; 8]) -> [u16; 8] {
-        x.map(f32_to_f16)
+        each(|i| f32_to_f16(x[i]))
     }
     #[inline(always)]
     fn tree(mut lanes: [f32; LANES]) -> f32 {
@@ -348,7 +349,7 @@ mod body {
         let (w, w_tail) = w.as_chunks::<LANES>();
         let (x, x_tail) = x.as_chunks::<LANES>();
         for (w, x) in w.iter().zip(x) {
-            let w = widen::<H>(&w.map(u16::from_le_bytes));
+            let w = widen::<H>(&each(|l| u16::from_le_bytes(w[l])));
             for l in 0..LANES {
                 lanes[l] = w[l].mul_add(x[l], lanes[l]);
             }
