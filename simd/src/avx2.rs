@@ -26,7 +26,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use crate::format::{self, Block, Group};
+use crate::format::{self, Block};
 use crate::scalar::check;
 use crate::vec::LANES;
 use crate::{Acts, Format, Isa, Kernel, Layout, Tile};
@@ -364,12 +364,12 @@ fn eight_groups<B: Block>(w: &[u8], row_bytes: usize, x: &Token) -> __m256 {
     for (k, ((a, da), sums)) in x.groups(x.a.len()).enumerate() {
         let a = load_i8(a);
         let mut part = [_mm256_setzero_si256(); ROWS];
-        let mut scales = Scales::new();
+        let mut scales = ScaleLanes::new();
         for i in 0..rows {
             let (block, g) = group_of::<B>(&w[i * row_bytes..][..row_bytes], k);
             let q = stored::<B>(block, g);
             let products = if run::<B>() > 0 { _mm256_maddubs_epi16(q, a) } else { signed_products(q, a) };
-            let s = scales.set(i, &B::group(block, g));
+            let s = scales.set::<B>(i, block, g);
             let scale = _mm256_set_m128i(_mm_set1_epi16(s[1]), _mm_set1_epi16(s[0]));
             part[i] = _mm256_madd_epi16(products, scale);
         }
@@ -396,7 +396,7 @@ fn group_of<B: Block>(row: &[u8], k: usize) -> (&[u8], usize) {
 
 /// All but the weights of one group of eight rows, in lanes.
 #[derive(Clone, Copy)]
-struct Scales {
+struct ScaleLanes {
     /// Scales of the halves, a pair in each lane.
     s: [i16; 16],
     /// Minima of the halves, a pair in each lane.
@@ -405,14 +405,16 @@ struct Scales {
     dmin: [f32; ROWS],
 }
 
-impl Scales {
-    const fn new() -> Scales {
-        Scales { s: [0; 16], m: [0; 16], d: [0.0; ROWS], dmin: [0.0; ROWS] }
+impl ScaleLanes {
+    const fn new() -> ScaleLanes {
+        ScaleLanes { s: [0; 16], m: [0; 16], d: [0.0; ROWS], dmin: [0.0; ROWS] }
     }
 
     /// Puts a group into lane `i`; returns its scales.
-    #[inline(always)]
-    fn set(&mut self, i: usize, w: &Group) -> [i16; 2] {
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    fn set<B: Block>(&mut self, i: usize, block: &[u8], g: usize) -> [i16; 2] {
+        let w = B::scales(block, g, |h| _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h as i32))));
         let s = [w.s[0] as i16, w.s[1] as i16];
         (self.s[2 * i], self.s[2 * i + 1]) = (s[0], s[1]);
         (self.m[2 * i], self.m[2 * i + 1]) = (w.m[0] as i16, w.m[1] as i16);
@@ -422,9 +424,7 @@ impl Scales {
 }
 
 /// The weights of a group as the many-token path stores them: q + BIAS where `run` is positive, else q.
-///
-/// Where vectors do not help, `Block::group` decodes; elsewhere only its scales are used, and the
-/// compiler drops the rest.
+/// `Block::weights` serves formats without a line of their own.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn stored<B: Block>(b: &[u8], g: usize) -> __m256i {
@@ -456,7 +456,7 @@ fn stored<B: Block>(b: &[u8], g: usize) -> __m256i {
         Format::Q1_0 => bits(&b[2 + 4 * g..], 2),
         _ => {
             let bias = if run::<B>() > 0 { B::BIAS as i8 } else { 0 };
-            _mm256_add_epi8(load_i8(&B::group(b, g).q), _mm256_set1_epi8(bias))
+            _mm256_add_epi8(load_i8(&B::weights(b, g)), _mm256_set1_epi8(bias))
         }
     }
 }
@@ -509,7 +509,7 @@ const CHUNK: usize = 32;
 struct Panel {
     /// Weights as the drawing above; biased to be unsigned where the format's span allows.
     q: [[[u8; 32]; 8]; CHUNK],
-    scales: [Scales; CHUNK],
+    scales: [ScaleLanes; CHUNK],
     /// Accumulators of every token, kept from one chunk of a row to the next.
     acc: Vec<[f32; ROWS]>,
 }
@@ -534,7 +534,7 @@ const fn run<B: Block>() -> usize {
 
 impl Panel {
     fn new() -> Panel {
-        Panel { q: [[[0; 32]; 8]; CHUNK], scales: [Scales::new(); CHUNK], acc: Vec::new() }
+        Panel { q: [[[0; 32]; 8]; CHUNK], scales: [ScaleLanes::new(); CHUNK], acc: Vec::new() }
     }
 
     /// Eight rows times all tokens; calls `out` with each token's results.
@@ -569,7 +569,7 @@ impl Panel {
             for (i, row) in w.chunks_exact(row_bytes).enumerate() {
                 let (block, g) = group_of::<B>(row, from + k);
                 q[i] = stored::<B>(block, g);
-                scales.set(i, &B::group(block, g));
+                scales.set::<B>(i, block, g);
             }
             for (out, v) in vectors.iter_mut().zip(transpose(q)) {
                 store32(out, v);

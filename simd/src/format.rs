@@ -2,7 +2,7 @@
 //!
 //! The one idea: every block format is a sequence of *groups* of 32 weights, and every group can be
 //! written as `value[i] = d·s[i/16]·q[i] − dmin·m[i/16]` with small integers `q`, `s`, `m` and two
-//! f32 scales. [`Block::group`] is that decoder; dequantisation, the scalar kernels, the many-token
+//! f32 scales. [`Block`] is that decoder; dequantisation, the scalar kernels, the many-token
 //! kernels and the tests are all built on it. Formats whose tables (IQ1, IQ2, IQ3) this crate does not
 //! carry are known by name and size only.
 //!
@@ -235,6 +235,24 @@ pub struct Group {
     pub dmin: f32,
 }
 
+/// All but the weights of a [`Group`].
+#[derive(Clone, Copy)]
+#[allow(missing_docs)] // as in `Group`
+pub struct Scales {
+    pub s: [i32; 2],
+    pub m: [i32; 2],
+    pub d: f32,
+    pub dmin: f32,
+}
+
+impl Scales {
+    /// A scale alone.
+    #[inline(always)]
+    fn one(d: f32) -> Scales {
+        Scales { s: [1, 1], m: [0, 0], d, dmin: 0.0 }
+    }
+}
+
 impl Group {
     /// The 32 weights as f32; see [`Format::unpack_row`] for the rounding.
     #[inline(always)]
@@ -259,8 +277,18 @@ pub trait Block: Sync {
     /// Largest value of `q + BIAS`.
     const SPAN: i32;
 
-    /// Decodes group `g` (weights `32·g ..`) of `block`, which is exactly one block long.
-    fn group(block: &[u8], g: usize) -> Group;
+    /// The integers of group `g` (weights `32·g ..`) of `block`, which is exactly one block long.
+    fn weights(block: &[u8], g: usize) -> [i8; 32];
+
+    /// Its scales and minima. `half` converts halves.
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales;
+
+    /// Both.
+    #[inline(always)]
+    fn group(block: &[u8], g: usize) -> Group {
+        let Scales { s, m, d, dmin } = Self::scales(block, g, f16_to_f32);
+        Group { q: Self::weights(block, g), s, m, d, dmin }
+    }
 }
 
 /// Reads `block` as exactly N bytes, so that constant indices below need no checks.
@@ -269,8 +297,7 @@ fn fixed<const N: usize>(block: &[u8]) -> &[u8; N] {
     block.try_into().expect("a block has the size of its format")
 }
 
-/// An array of f(0), f(1), …: `array::from_fn`, but always inlined, so that the loop vectorises, and goes
-/// away where only the scales of a group are wanted.
+/// An array of f(0), f(1), …: `array::from_fn`, but always inlined, so that the loop vectorises.
 #[inline(always)]
 pub(crate) fn each<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
     let mut out = [T::default(); N];
@@ -286,8 +313,8 @@ fn signed(q: [u8; 32]) -> [i8; 32] {
 }
 
 #[inline(always)]
-fn f16_at(block: &[u8], at: usize) -> f32 {
-    f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
+fn f16_at(block: &[u8], at: usize, half: impl Fn(u16) -> f32) -> f32 {
+    half(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
 /// The 16 bytes of nibbles at the start of `b`: low nibbles first, then high nibbles.
@@ -297,11 +324,6 @@ fn nibbles(b: &[u8]) -> [u8; 32] {
     each(|i| if i < 16 { b[i] & 15 } else { b[i - 16] >> 4 })
 }
 
-#[inline(always)]
-fn plain(q: [i8; 32], d: f32) -> Group {
-    Group { q, s: [1, 1], m: [0, 0], d, dmin: 0.0 }
-}
-
 /// f16 d; 16 bytes of nibbles. Weight (q − 8)·d.
 pub struct Q4_0;
 impl Block for Q4_0 {
@@ -309,10 +331,15 @@ impl Block for Q4_0 {
     const BIAS: i32 = 8;
     const SPAN: i32 = 15;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<18>(block);
         let q = nibbles(&b[2..]);
-        plain(each(|i| q[i] as i8 - 8), f16_at(b, 0))
+        each(|i| q[i] as i8 - 8)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<18>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
@@ -324,10 +351,14 @@ impl Block for Q4_1 {
     const BIAS: i32 = 0;
     const SPAN: i32 = 15;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<20>(block);
-        let q = signed(nibbles(&b[4..]));
-        Group { q, s: [1, 1], m: [1, 1], d: f16_at(b, 0), dmin: -f16_at(b, 2) }
+        signed(nibbles(&b[4..]))
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<20>(block);
+        Scales { s: [1, 1], m: [1, 1], d: f16_at(b, 0, half), dmin: -f16_at(b, 2, half) }
     }
 }
 
@@ -344,11 +375,16 @@ impl Block for Q5_0 {
     const BIAS: i32 = 16;
     const SPAN: i32 = 31;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<22>(block);
         let high = u32::from_le_bytes([b[2], b[3], b[4], b[5]]);
         let q = fifth_bit(nibbles(&b[6..]), high);
-        plain(each(|i| q[i] as i8 - 16), f16_at(b, 0))
+        each(|i| q[i] as i8 - 16)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<22>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
@@ -360,11 +396,15 @@ impl Block for Q5_1 {
     const BIAS: i32 = 0;
     const SPAN: i32 = 31;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<24>(block);
         let high = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
-        let q = signed(fifth_bit(nibbles(&b[8..]), high));
-        Group { q, s: [1, 1], m: [1, 1], d: f16_at(b, 0), dmin: -f16_at(b, 2) }
+        signed(fifth_bit(nibbles(&b[8..]), high))
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<24>(block);
+        Scales { s: [1, 1], m: [1, 1], d: f16_at(b, 0, half), dmin: -f16_at(b, 2, half) }
     }
 }
 
@@ -375,9 +415,14 @@ impl Block for Q8_0 {
     const BIAS: i32 = 128;
     const SPAN: i32 = 255;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<34>(block);
-        plain(each(|i| b[2 + i] as i8), f16_at(b, 0))
+        each(|i| b[2 + i] as i8)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<34>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
@@ -398,15 +443,19 @@ impl Block for Q2K {
     const BIAS: i32 = 0;
     const SPAN: i32 = 3;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
+        let b = fixed::<84>(block);
+        signed(two_bits(&b[16..80], g))
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<84>(block);
         let sm = [b[2 * g], b[2 * g + 1]];
-        Group {
-            q: signed(two_bits(&b[16..80], g)),
+        Scales {
             s: [(sm[0] & 15) as i32, (sm[1] & 15) as i32],
             m: [(sm[0] >> 4) as i32, (sm[1] >> 4) as i32],
-            d: f16_at(b, 80),
-            dmin: f16_at(b, 82),
+            d: f16_at(b, 80, half),
+            dmin: f16_at(b, 82, half),
         }
     }
 }
@@ -419,10 +468,14 @@ impl Block for Q3K {
     const BIAS: i32 = 4;
     const SPAN: i32 = 7;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<110>(block);
         let low = two_bits(&b[32..96], g);
-        let q = each(|i| (low[i] | ((b[i] >> g) & 1) << 2) as i8 - 4);
+        each(|i| (low[i] | ((b[i] >> g) & 1) << 2) as i8 - 4)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<110>(block);
         let scales = &b[96..108];
         let s = each(|h| {
             let i = 2 * g + h;
@@ -430,7 +483,7 @@ impl Block for Q3K {
             let high = (scales[8 + i % 4] >> (2 * (i / 4))) & 3;
             (low | high << 4) as i32 - 32
         });
-        Group { q, s, m: [0, 0], d: f16_at(b, 108), dmin: 0.0 }
+        Scales { s, ..Scales::one(f16_at(b, 108, half)) }
     }
 }
 
@@ -461,11 +514,15 @@ impl Block for Q4K {
     const BIAS: i32 = 0;
     const SPAN: i32 = 15;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
+        let b = fixed::<144>(block);
+        signed(pair_nibbles(&b[16..], g))
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<144>(block);
         let (s, m) = scale_min(&b[4..16], g);
-        let q = signed(pair_nibbles(&b[16..], g));
-        Group { q, s: [s, s], m: [m, m], d: f16_at(b, 0), dmin: f16_at(b, 2) }
+        Scales { s: [s, s], m: [m, m], d: f16_at(b, 0, half), dmin: f16_at(b, 2, half) }
     }
 }
 
@@ -477,12 +534,16 @@ impl Block for Q5K {
     const BIAS: i32 = 0;
     const SPAN: i32 = 31;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
+        let b = fixed::<176>(block);
+        let low = pair_nibbles(&b[48..], g);
+        each(|i| (low[i] | ((b[16 + i] >> g) & 1) << 4) as i8)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<176>(block);
         let (s, m) = scale_min(&b[4..16], g);
-        let low = pair_nibbles(&b[48..], g);
-        let q = each(|i| (low[i] | ((b[16 + i] >> g) & 1) << 4) as i8);
-        Group { q, s: [s, s], m: [m, m], d: f16_at(b, 0), dmin: f16_at(b, 2) }
+        Scales { s: [s, s], m: [m, m], d: f16_at(b, 0, half), dmin: f16_at(b, 2, half) }
     }
 }
 
@@ -498,18 +559,22 @@ impl Block for Q6K {
     const BIAS: i32 = 32;
     const SPAN: i32 = 63;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<210>(block);
         let (half, part) = (g / 4, g % 4);
         let low: &[u8; 32] = b[64 * half + 32 * (part % 2)..][..32].try_into().expect("32 bytes");
         let high: &[u8; 32] = b[128 + 32 * half..][..32].try_into().expect("32 bytes");
-        let q = each(|i| {
+        each(|i| {
             let low = (low[i] >> (4 * (part / 2))) & 15;
             let high = (high[i] >> (2 * part)) & 3;
             (low | high << 4) as i8 - 32
-        });
+        })
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<210>(block);
         let s = [b[192 + 2 * g] as i8 as i32, b[193 + 2 * g] as i8 as i32];
-        Group { q, s, m: [0, 0], d: f16_at(b, 208), dmin: 0.0 }
+        Scales { s, ..Scales::one(f16_at(b, 208, half)) }
     }
 }
 
@@ -523,10 +588,15 @@ impl Block for Iq4Nl {
     const BIAS: i32 = 127;
     const SPAN: i32 = 240;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
         let b = fixed::<18>(block);
         let q = nibbles(&b[2..]);
-        plain(each(|i| IQ4[q[i] as usize]), f16_at(b, 0))
+        each(|i| IQ4[q[i] as usize])
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<18>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
@@ -538,14 +608,18 @@ impl Block for Iq4Xs {
     const BIAS: i32 = 127;
     const SPAN: i32 = 240;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
+        let b = fixed::<136>(block);
+        let q = nibbles(&b[8 + 16 * g..]);
+        each(|i| IQ4[q[i] as usize])
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], g: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<136>(block);
         let high = u16::from_le_bytes([b[2], b[3]]);
         let low = (b[4 + g / 2] >> (4 * (g % 2))) & 15;
         let s = (low as u16 | ((high >> (2 * g)) & 3) << 4) as i32 - 32;
-        let q = nibbles(&b[8 + 16 * g..]);
-        let q = each(|i| IQ4[q[i] as usize]);
-        Group { q, s: [s, s], m: [0, 0], d: f16_at(b, 0), dmin: 0.0 }
+        Scales { s: [s, s], ..Scales::one(f16_at(b, 0, half)) }
     }
 }
 
@@ -566,17 +640,21 @@ impl Block for Tq1_0 {
     const BIAS: i32 = 1;
     const SPAN: i32 = 2;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<54>(block);
-        let q = each(|i| {
+        each(|i| {
             let e = 32 * g + i;
             match e {
                 0..160 => trit(b[e % 32], e / 32),
                 160..240 => trit(b[32 + e % 16], (e - 160) / 16),
                 _ => trit(b[48 + e % 4], (e - 240) / 4),
             }
-        });
-        plain(q, f16_at(b, 52))
+        })
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<54>(block);
+        Scales::one(f16_at(b, 52, half))
     }
 }
 
@@ -587,10 +665,15 @@ impl Block for Tq2_0 {
     const BIAS: i32 = 1;
     const SPAN: i32 = 3;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<66>(block);
         let q = two_bits(&b[..64], g);
-        plain(each(|i| q[i] as i8 - 1), f16_at(b, 64))
+        each(|i| q[i] as i8 - 1)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<66>(block);
+        Scales::one(f16_at(b, 64, half))
     }
 }
 
@@ -604,11 +687,16 @@ impl Block for Mxfp4 {
     const BIAS: i32 = 12;
     const SPAN: i32 = 24;
     #[inline(always)]
-    fn group(block: &[u8], _: usize) -> Group {
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
+        let b = fixed::<17>(block);
+        let q = nibbles(&b[1..]);
+        each(|i| E2M1[q[i] as usize])
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<17>(block);
         let bits = if b[0] < 2 { 0x0020_0000 << b[0] } else { (b[0] as u32 - 1) << 23 };
-        let q = nibbles(&b[1..]);
-        plain(each(|i| E2M1[q[i] as usize]), f32::from_bits(bits))
+        Scales::one(f32::from_bits(bits))
     }
 }
 
@@ -619,13 +707,17 @@ impl Block for Q1_0 {
     const BIAS: i32 = 1;
     const SPAN: i32 = 2;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<18>(block);
-        let q = each(|i| {
+        each(|i| {
             let set = (b[2 + 4 * g + i / 8] >> (i % 8)) & 1;
             2 * set as i8 - 1
-        });
-        plain(q, f16_at(b, 0))
+        })
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<18>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
@@ -636,10 +728,14 @@ impl Block for Q2_0 {
     const BIAS: i32 = 1;
     const SPAN: i32 = 3;
     #[inline(always)]
-    fn group(block: &[u8], g: usize) -> Group {
+    fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<18>(block);
-        let q = each(|i| ((b[2 + 8 * g + i / 4] >> (2 * (i % 4))) & 3) as i8 - 1);
-        plain(q, f16_at(b, 0))
+        each(|i| ((b[2 + 8 * g + i / 4] >> (2 * (i % 4))) & 3) as i8 - 1)
+    }
+    #[inline(always)]
+    fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
+        let b = fixed::<18>(block);
+        Scales::one(f16_at(b, 0, half))
     }
 }
 
