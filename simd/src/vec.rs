@@ -144,15 +144,10 @@ mod body {
         H::tree(lanes)
     }
 
-    #[inline(always)]
-    pub fn sum_squares<H: Native>(x: &[f32]) -> f32 {
-        dot::<H>(x, x)
-    }
-
     /// 1/√(mean square + eps).
     #[inline(always)]
     fn inverse_rms<H: Native>(x: &[f32], eps: f32) -> f32 {
-        1.0 / (sum_squares::<H>(x) / x.len() as f32 + eps).sqrt()
+        1.0 / (dot::<H>(x, x) / x.len() as f32 + eps).sqrt()
     }
 
     #[inline(always)]
@@ -227,8 +222,9 @@ mod body {
         }
     }
 
+    /// The largest element; NaN is passed over; −∞ if there is none.
     #[inline(always)]
-    pub fn max<H: Native>(x: &[f32]) -> f32 {
+    fn max(x: &[f32]) -> f32 {
         // NaN fails every comparison and is passed over.
         let larger = |a: f32, b: f32| if b > a { b } else { a };
         let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -246,7 +242,7 @@ mod body {
 
     #[inline(always)]
     pub fn softmax<H: Native>(x: &mut [f32]) {
-        let top = max::<H>(x);
+        let top = max(x);
         let mut lanes = [0.0; LANES];
         let (chunks, tail) = x.as_chunks_mut::<LANES>();
         for x in chunks {
@@ -301,19 +297,6 @@ mod body {
         }
         for (o, x) in out_tail.iter_mut().zip(x_tail) {
             *o = f32_to_f16(*x);
-        }
-    }
-
-    #[inline(always)]
-    pub fn load_f16<H: Native>(out: &mut [f32], h: &[u16]) {
-        assert_eq!(out.len(), h.len());
-        let (out, out_tail) = out.as_chunks_mut::<8>();
-        let (h, h_tail) = h.as_chunks();
-        for (o, h) in out.iter_mut().zip(h) {
-            *o = H::load(h);
-        }
-        for (o, h) in out_tail.iter_mut().zip(h_tail) {
-            *o = f16_to_f32(*h);
         }
     }
 
@@ -440,8 +423,6 @@ macro_rules! functions {
             fn dot_f16_bytes(w: &[u8], x: &[f32]) -> f32;
             /// Σ w·x with `w` as little-endian bfloat16, unaligned.
             fn dot_bf16_bytes(w: &[u8], x: &[f32]) -> f32;
-            /// Σ x².
-            fn sum_squares(x: &[f32]) -> f32;
             /// out = (x·r)·weight with r = 1/√(mean x² + eps); without a weight, x·r.
             fn rms_norm(out: &mut [f32], x: &[f32], weight: Option<&[f32]>, eps: f32);
             /// `rms_norm` with x as its own output.
@@ -454,8 +435,6 @@ macro_rules! functions {
             fn axpy(out: &mut [f32], w: f32, v: &[f32]);
             /// out = fma(w, v, out) with `v` as bits of IEEE halves.
             fn axpy_f16(out: &mut [f32], w: f32, v: &[u16]);
-            /// The largest element; NaN is passed over; −∞ if there is none.
-            fn max(x: &[f32]) -> f32;
             /// x = exp(x − max x) / Σ exp(x − max x). A NaN makes all of them NaN.
             fn softmax(x: &mut [f32]);
             /// gate = gelu(gate)·up, gelu(x) = 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))).
@@ -467,8 +446,6 @@ macro_rules! functions {
             fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
             /// Rounds to the nearest half, ties to even; beyond ±65504 saturates; keeps NaN.
             fn store_f16(out: &mut [u16], x: &[f32]);
-            /// The values of halves given as bits.
-            fn load_f16(out: &mut [f32], h: &[u16]);
             /// int8 activations, see [`crate::acts`]: `q` as long as `x`, one `scale` for 32, one sum for 16.
             fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]);
         }
@@ -484,7 +461,7 @@ macro_rules! table {
         pub struct Ops {
             /// The ISA these instances were compiled for.
             pub isa: Isa,
-            $($(#[doc = $doc])* pub $name: fn($($ty),*) $(-> $ret)?,)*
+            $($name: fn($($ty),*) $(-> $ret)?,)*
         }
 
         impl Ops {
