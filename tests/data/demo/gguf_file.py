@@ -14,6 +14,7 @@ import model as M
 import tokens as T
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+TEMPLATE = os.path.join(HERE, "../../../src/template/canonical.jinja")
 
 
 def pack_q4_0(w):
@@ -76,7 +77,7 @@ def write(path, params, toks):
     w.add_array(t + "merges", [" ".join(m) for m in toks.merges])
     for name, i in (("bos", 2), ("eos", 1), ("unknown", 3), ("padding", 0), ("mask", 4)):
         w.add_uint32(f"{t}{name}_token_id", i)
-    w.add_string("tokenizer.chat_template", open(os.path.join(HERE, "chat_template.jinja"), encoding="utf-8", newline="").read())
+    w.add_string("tokenizer.chat_template", open(TEMPLATE, encoding="utf-8", newline="").read())
     w.add_bool(t + "add_space_prefix", False)
     w.add_bool(t + "add_bos_token", True)
     kinds = gguf.GGMLQuantizationType
