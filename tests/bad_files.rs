@@ -1,0 +1,1123 @@
+//! Damaged, hostile and unusual files through the program itself.
+//!
+//! Every case is a small valid model with exactly one thing changed, given to `gemrun show`, `gemrun run` and (templates)
+//! `gemrun template`. A file is either refused by one line on stderr that names the culprit, with the documented exit
+//! code, or it works. Nothing may panic, die of a signal, take a second of processor time or 200 MB of memory, or send
+//! an escape character to the terminal.
+
+mod common;
+mod oracle;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use common::raw_gguf::{self as raw, Pair, ty};
+use gemrun::gguf::Gguf;
+use oracle::synth::{self, Experts, Spec};
+use raw::File as Parts;
+
+const INVALID: i32 = 5;
+const UNSUPPORTED: i32 = 6;
+
+const F32: u32 = 0;
+const F16: u32 = 1;
+const Q4_0: u32 = 2;
+const IQ2_XS: u32 = 17;
+const I8: u32 = 24;
+const F64: u32 = 28;
+
+const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}\n{{ m['content'] }}<turn|>\n\
+                        {% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}";
+
+/// Two layers with a cache, two that share it, per-layer embeddings.
+fn spec() -> Spec {
+    Spec {
+        vocab: 512,
+        dim: 64,
+        layers: "SFSF",
+        heads: 2,
+        kv_heads_sliding: 1,
+        kv_heads_full: 1,
+        ff: 64,
+        ff_shared: 64,
+        shared: 2,
+        ..Spec::per_layer(1)
+    }
+    .all_in("Q4_0")
+}
+
+fn parts(spec: &Spec) -> Parts {
+    let mut parts = Parts::of(&Gguf::from_bytes("base.gguf", synth::gguf(spec)).unwrap());
+    parts.set_str("tokenizer.chat_template", TEMPLATE);
+    parts
+}
+
+/// The model most cases start from.
+fn base() -> Parts {
+    parts(&spec())
+}
+
+/// The same without sharing, with experts.
+fn experts() -> Parts {
+    let experts = Experts { count: 4, used: 2, ff: 32, fused_gate_up: true, output_scale: true };
+    let spec = Spec { dim: 64, layers: "SF", heads: 2, ff: 64, ff_shared: 64, experts: Some(experts), ..Spec::moe(2) };
+    parts(&spec.all_in("Q4_0"))
+}
+
+/// How one run of the program ended.
+struct Outcome {
+    status: ExitStatus,
+    stdout: Vec<u8>,
+    stderr: String,
+    hung: bool,
+    cpu: Duration,
+    peak_bytes: u64,
+}
+
+/// Runs `gemrun` and measures it; it is killed after 20 s.
+fn gemrun(dir: &Path, args: &[&str]) -> Outcome {
+    let (out, err) = (dir.join("stdout"), dir.join("stderr"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gemrun"));
+    command.args(args).current_dir(dir).env("GEMRUN_HOME", dir.join("home"));
+    command.stdin(Stdio::null()).stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut hung = false;
+    let (status, usage) = loop {
+        if let Some(ended) = ended(child.id()) {
+            break ended;
+        }
+        if !hung && Instant::now() > deadline {
+            hung = true;
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let time = |t: libc::timeval| Duration::from_secs(t.tv_sec as u64) + Duration::from_micros(t.tv_usec as u64);
+    Outcome {
+        status,
+        stdout: fs::read(out).unwrap(),
+        stderr: String::from_utf8(fs::read(err).unwrap()).unwrap(),
+        hung,
+        cpu: time(usage.ru_utime) + time(usage.ru_stime),
+        peak_bytes: usage.ru_maxrss as u64 * if cfg!(target_os = "macos") { 1 } else { 1024 },
+    }
+}
+
+/// The status and resource usage of a child that has ended. `Child::wait` does not tell the latter.
+fn ended(pid: u32) -> Option<(ExitStatus, libc::rusage)> {
+    let mut status = 0;
+    // SAFETY: a zeroed rusage is valid, and both pointers are to live values of the right type. The child is ours and
+    // nobody else waits for it.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        let got = libc::wait4(pid as libc::pid_t, &mut status, libc::WNOHANG, &mut usage);
+        assert!(got >= 0, "wait4 failed");
+        (got != 0).then(|| (ExitStatus::from_raw(status), usage))
+    }
+}
+
+impl Outcome {
+    /// What no file may cause.
+    fn never(&self) -> Result<(), String> {
+        let err = |what: String| Err(format!("{what}; stderr: {}", self.stderr.trim_end()));
+        if self.hung {
+            return err("hangs".into());
+        }
+        if let Some(signal) = self.status.signal() {
+            return err(format!("dies of signal {signal}"));
+        }
+        if self.stderr.contains("panicked") || self.status.code() == Some(101) {
+            return err("panics".into());
+        }
+        if self.cpu > Duration::from_secs(1) {
+            return err(format!("takes {:?}", self.cpu));
+        }
+        if self.peak_bytes > 200 << 20 {
+            return err(format!("takes {} MB", self.peak_bytes >> 20));
+        }
+        if self.stdout.contains(&0x1b) || self.stderr.contains('\x1b') {
+            return err("sends an escape character".into());
+        }
+        Ok(())
+    }
+
+    /// Refused with `code` and one line that has `words` in it.
+    fn refused(&self, code: i32, words: &[&str]) -> Result<(), String> {
+        self.never()?;
+        let err = |what: String| Err(format!("{what}; stderr: {}", self.stderr.trim_end()));
+        if self.status.code() != Some(code) {
+            return err(format!("exit code {:?} instead of {code}", self.status.code()));
+        }
+        let Some(line) = self.stderr.strip_suffix('\n') else { return err("no line on stderr".into()) };
+        if line.contains('\n') || !line.starts_with("error: ") {
+            return err("not one error line".into());
+        }
+        if line.len() > 1000 {
+            return err(format!("an error line of {} bytes", line.len()));
+        }
+        match words.iter().find(|word| !line.contains(**word)) {
+            Some(word) => err(format!("the line lacks {word:?}")),
+            None => Ok(()),
+        }
+    }
+
+    fn works(&self) -> Result<(), String> {
+        self.never()?;
+        match self.status.code() {
+            Some(0) => Ok(()),
+            code => Err(format!("exit code {code:?}; stderr: {}", self.stderr.trim_end())),
+        }
+    }
+}
+
+fn show(dir: &Path) -> Outcome {
+    gemrun(dir, &["show", "bad.gguf"])
+}
+
+fn run(dir: &Path) -> Outcome {
+    gemrun(dir, &["run", "bad.gguf", "the", "--raw", "-n", "1", "--temp", "0", "-c", "64"])
+}
+
+fn chat(dir: &Path) -> Outcome {
+    gemrun(dir, &["run", "bad.gguf", "the", "-n", "1", "--temp", "0", "-c", "64"])
+}
+
+fn template(dir: &Path) -> Outcome {
+    fs::write(dir.join("messages.json"), r#"[{"role": "user", "content": "the"}]"#).unwrap();
+    gemrun(dir, &["template", "bad.gguf", "--messages", "messages.json"])
+}
+
+/// One defect: its name, the exit code, words of the error line, and how to make it.
+struct Case {
+    name: &'static str,
+    code: i32,
+    words: &'static [&'static str],
+    bytes: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Cases(Vec<Case>);
+
+impl Cases {
+    /// The base model with its parts changed.
+    fn parts(
+        &mut self,
+        name: &'static str,
+        code: i32,
+        words: &'static [&'static str],
+        change: impl FnOnce(&mut Parts),
+    ) {
+        let mut parts = base();
+        change(&mut parts);
+        self.0.push(Case { name, code, words, bytes: parts.bytes() });
+    }
+
+    /// The same with the model that has experts.
+    fn moe(&mut self, name: &'static str, code: i32, words: &'static [&'static str], change: impl FnOnce(&mut Parts)) {
+        let mut parts = experts();
+        change(&mut parts);
+        self.0.push(Case { name, code, words, bytes: parts.bytes() });
+    }
+
+    /// The base model's bytes changed.
+    fn bytes(&mut self, name: &'static str, code: i32, words: &'static [&'static str], bytes: impl Into<Vec<u8>>) {
+        self.0.push(Case { name, code, words, bytes: bytes.into() });
+    }
+
+    /// Runs every case through every command; all failures at once.
+    fn check(self, commands: &[fn(&Path) -> Outcome]) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut failures = Vec::new();
+        for case in &self.0 {
+            fs::write(dir.path().join("bad.gguf"), &case.bytes).unwrap();
+            for (i, command) in commands.iter().enumerate() {
+                let words: Vec<&str> = ["bad.gguf"].iter().chain(case.words).copied().collect();
+                if let Err(what) = command(dir.path()).refused(case.code, &words) {
+                    failures.push(format!("{} (command {i}): {what}", case.name));
+                }
+            }
+        }
+        let (cases, failed) = (self.0.len(), failures.len());
+        assert!(failures.is_empty(), "{failed} failures in {cases} cases:\n{}", failures.join("\n"));
+        println!("{cases} files refused");
+    }
+}
+
+#[test]
+fn the_undamaged_models_work() {
+    let dir = tempfile::tempdir().unwrap();
+    for bytes in [base().bytes(), experts().bytes()] {
+        fs::write(dir.path().join("bad.gguf"), bytes).unwrap();
+        for command in [show, run, chat, template] {
+            command(dir.path()).works().unwrap();
+        }
+    }
+}
+
+#[test]
+fn damaged_containers_are_refused() {
+    let mut cases = Cases::default();
+    let whole = base().bytes();
+    let file = Gguf::from_bytes("base.gguf", whole.clone()).unwrap();
+    let header = file.header_bytes().len();
+    let last = file.tensors().iter().max_by_key(|t| t.offset).unwrap();
+    let end = (file.data_start() + last.offset + last.bytes) as usize;
+
+    // Sizes and the fixed part of the header.
+    cases.bytes("empty file", INVALID, &["0 bytes", "expected a GGUF file"], *b"");
+    cases.bytes("magic only", INVALID, &["4 bytes"], *b"GGUF");
+    cases.bytes("one byte less than a header", INVALID, &["23 bytes"], &whole[..23]);
+    cases.parts("wrong magic", INVALID, &["does not start with GGUF"], |f| f.magic = *b"GGML");
+    cases.parts("lower-case magic", INVALID, &["does not start with GGUF"], |f| f.magic = *b"gguf");
+    cases.bytes("not a model at all", INVALID, &["does not start with GGUF"], "just some text, and more of it\n");
+    cases.parts("version 0", INVALID, &["version 0"], |f| f.version = 0);
+    cases.parts("version 1", INVALID, &["version 1"], |f| f.version = 1);
+    cases.parts("version 4", UNSUPPORTED, &["version 4"], |f| f.version = 4);
+    cases.parts("a later version", UNSUPPORTED, &["version 2147483647"], |f| f.version = 0x7fff_ffff);
+    cases.parts("big-endian version 3", INVALID, &["big-endian"], |f| f.version = 3 << 24);
+    for (name, n) in [
+        ("tensor count -1", u64::MAX),
+        ("tensor count 2^63", 1 << 63),
+        ("tensor count 2^55", 1 << 55),
+        ("tensor count 65537", 65_537),
+        ("tensor count that wraps times the entry size", u64::MAX / 33 + 2),
+    ] {
+        cases.parts(name, INVALID, &["header", "tensors"], |f| f.n_tensors = Some(n));
+    }
+    cases.parts("more tensors than fit", INVALID, &["declares 65536 tensors"], |f| {
+        f.n_tensors = Some(65_536);
+        f.tensors.truncate(1);
+        f.tensors[0].data.clear();
+    });
+    cases.parts("one tensor too many", INVALID, &["tensor"], |f| f.n_tensors = Some(f.tensors.len() as u64 + 1));
+    for (name, n) in [
+        ("key count -1", u64::MAX),
+        ("key count 2^62", 1 << 62),
+        ("key count 65537", 65_537),
+        ("key count that wraps times the pair size", u64::MAX / 14 + 2),
+    ] {
+        cases.parts(name, INVALID, &["header", "metadata keys"], |f| f.n_pairs = Some(n));
+    }
+    cases.parts("one key too many", INVALID, &["key"], |f| f.n_pairs = Some(f.pairs.len() as u64 + 1));
+    cases.parts("one key too few", INVALID, &["tensor"], |f| f.n_pairs = Some(f.pairs.len() as u64 - 1));
+
+    // Keys.
+    cases.parts("empty key", INVALID, &["a key of 0 bytes"], |f| f.pair("general.name").key.clear());
+    cases.parts("key of 64 KiB", INVALID, &["a key of 65536 bytes"], |f| {
+        f.pair("general.name").key = vec![b'k'; 65_536];
+    });
+    for (name, n) in [
+        ("key length 2^64 - 1", u64::MAX),
+        ("key length 2^64 - 40", u64::MAX - 39),
+        ("key length 2^63", 1 << 63),
+        ("key length 2^32", 1 << 32),
+    ] {
+        cases.parts(name, INVALID, &["metadata key number 1", "bytes"], |f| f.pair("general.name").key_len = Some(n));
+    }
+    cases.parts("key that is not UTF-8", INVALID, &["UTF-8"], |f| f.pair("general.name").key = b"a\xff".into());
+    cases.parts("key twice", INVALID, &["gemma4.block_count", "twice"], |f| {
+        let copy = f.pair("gemma4.block_count").clone();
+        f.pairs.push(copy);
+    });
+    cases.parts("escape characters in a key", INVALID, &["\\u{1b}[2J", "is an array of arrays"], |f| {
+        let value = raw::array(ty::ARRAY, 1, &[0; 64]);
+        f.pairs.push(Pair { key: b"\x1b[2J".into(), key_len: None, ty: ty::ARRAY, value });
+    });
+
+    // Values.
+    for (name, id) in [("value type 13", 13), ("value type -1", u32::MAX), ("value type 256", 256)] {
+        cases.parts(name, INVALID, &["general.name", "unknown value type"], |f| f.pair("general.name").ty = id);
+    }
+    for (name, n) in [
+        ("string length 2^64 - 1", u64::MAX),
+        ("string length 2^64 - 8", u64::MAX - 7),
+        ("string length 2^63", 1 << 63),
+        ("string length beyond the file", 1 << 30),
+    ] {
+        cases.parts(name, INVALID, &["general.name", "needs", "short"], |f| {
+            f.pair("general.name").value[..8].copy_from_slice(&n.to_le_bytes());
+        });
+    }
+    for (name, n) in [
+        ("array length 2^64 - 1", u64::MAX),
+        ("array length 2^62", 1 << 62),
+        ("array length 2^61", 1 << 61),
+        ("array length beyond the file", 1 << 28),
+    ] {
+        cases.parts(name, INVALID, &["tokenizer.ggml.token_type", "elements of type i32"], |f| {
+            f.pair("tokenizer.ggml.token_type").value[4..12].copy_from_slice(&n.to_le_bytes());
+        });
+    }
+    cases.parts("length of a string in an array", INVALID, &["tokenizer.ggml.tokens", "short"], |f| {
+        f.pair("tokenizer.ggml.tokens").value[12..20].copy_from_slice(&(u64::MAX - 11).to_le_bytes());
+    });
+    for (name, id) in [("element type 13", 13), ("element type -1", u32::MAX)] {
+        cases.parts(name, INVALID, &["tokenizer.ggml.merges", "unknown element type"], |f| {
+            f.pair("tokenizer.ggml.merges").value = raw::array(id, 1 << 60, &[]);
+        });
+    }
+    cases.parts("array of arrays", INVALID, &["x.nested", "array of arrays"], |f| {
+        f.set("x.nested", ty::ARRAY, raw::array(ty::ARRAY, 1, &raw::i32s(&[1])));
+    });
+    cases.parts("arrays nested 100,000 deep", INVALID, &["x.nested", "array of arrays"], |f| {
+        f.set("x.nested", ty::ARRAY, raw::array(ty::ARRAY, 1, &[]).repeat(100_000));
+    });
+    cases.parts("a bool of 2", INVALID, &["x.bool", "expected 0 or 1"], |f| f.set("x.bool", ty::BOOL, [2]));
+    cases.parts("a bool of 255 in an array", INVALID, &["gemma4.attention.sliding_window_pattern", "bool"], |f| {
+        *f.pair("gemma4.attention.sliding_window_pattern").value.last_mut().unwrap() = 255;
+    });
+
+    // Alignment.
+    for (name, n) in [
+        ("alignment 0", 0_u32),
+        ("alignment 1", 1),
+        ("alignment 13", 13),
+        ("alignment 48", 48),
+        ("alignment 131072", 131_072),
+        ("alignment 2^31", 1 << 31),
+        ("alignment 2^32 - 1", u32::MAX),
+    ] {
+        cases.parts(name, INVALID, &["general.alignment", "power of two"], |f| f.set_u32("general.alignment", n));
+    }
+    cases.parts("alignment as i32", INVALID, &["general.alignment", "u32"], |f| {
+        f.set("general.alignment", ty::I32, 32_i32.to_le_bytes());
+    });
+    cases.parts("alignment as u64", INVALID, &["general.alignment", "u32"], |f| {
+        f.set("general.alignment", ty::U64, 32_u64.to_le_bytes());
+    });
+    cases.parts("alignment as text", INVALID, &["general.alignment", "u32"], |f| f.set_str("general.alignment", "32"));
+
+    // The tensor table.
+    cases.parts("tensor name empty", INVALID, &["a tensor name of 0 bytes"], |f| f.tensors[3].name.clear());
+    cases.parts("tensor name of 64 bytes", INVALID, &["a tensor name of 64 bytes"], |f| {
+        f.tensors[3].name = vec![b'n'; 64]
+    });
+    cases.parts("tensor name not UTF-8", INVALID, &["tensor number 3", "UTF-8"], |f| {
+        f.tensors[3].name = b"\xc3(".into()
+    });
+    cases.parts("tensor name twice", INVALID, &["token_embd.weight", "twice"], |f| {
+        f.tensors[3].name = f.tensors[0].name.clone()
+    });
+    cases.parts("escape characters in a tensor name", INVALID, &["\\u{1b}[31m", "dimensions"], |f| {
+        f.tensors[3].name = b"\x1b[31mred".into();
+        f.tensors[3].n_dims = Some(9);
+    });
+    for (name, n) in [("0 dimensions", 0), ("5 dimensions", 5), ("2^32 - 1 dimensions", u32::MAX)] {
+        cases.parts(name, INVALID, &["tensor token_embd.weight", "dimensions"], |f| {
+            f.tensor("token_embd.weight").n_dims = Some(n);
+        });
+    }
+    for (name, dims) in [
+        ("a dimension of 0", &[64, 0][..]),
+        ("all dimensions 0", &[0, 0]),
+        ("first dimension 0", &[0, 512]),
+        ("a third dimension of 0", &[64, 512, 0]),
+    ] {
+        cases.parts(name, INVALID, &["token_embd.weight", "no dimension of 0"], |f| {
+            f.tensor("token_embd.weight").dims = dims.into();
+        });
+    }
+    for (name, type_id, dims) in [
+        ("elements that wrap to 0", F32, &[1 << 32, 1 << 32][..]),
+        ("elements 2^80", F32, &[1 << 40, 1 << 40]),
+        ("bytes that wrap to the right size", F32, &[64 + (1 << 62)]),
+        ("dimension -1", I8, &[u64::MAX, 2]),
+        ("blocks that wrap", Q4_0, &[1 << 63, 64]),
+        ("four dimensions of 2^16", I8, &[1 << 16, 1 << 16, 1 << 16, 1 << 16]),
+    ] {
+        cases.parts(name, INVALID, &["x.weight", "does not fit 64 bits"], |f| {
+            f.push_tensor("x.weight", dims, type_id, vec![0; 256])
+        });
+    }
+    cases.parts("two tensors of 2^63 - 64 bytes", INVALID, &["x.weight", "short"], |f| {
+        f.push_tensor("x.weight", &[(1 << 63) - 64], I8, vec![]);
+        f.push_tensor("y.weight", &[(1 << 63) - 64], I8, vec![]);
+    });
+    cases.parts("a size that padding would wrap", INVALID, &["x.weight", "short"], |f| {
+        f.push_tensor("x.weight", &[u64::MAX - 3], I8, vec![]);
+    });
+    for (name, id) in [
+        ("dropped type 4", 4),
+        ("dropped type 31", 31),
+        ("dropped type 36", 36),
+        ("type 43", 43),
+        ("type 1000", 1000),
+        ("type -1", u32::MAX),
+    ] {
+        cases.parts(name, UNSUPPORTED, &["output_norm.weight", "unknown type id"], |f| {
+            f.tensor("output_norm.weight").type_id = id;
+        });
+    }
+    cases.parts("rows that are not whole blocks", INVALID, &["rows of 33", "Q4_0"], |f| {
+        f.push_tensor("x.weight", &[33, 2], Q4_0, vec![0; 64]);
+    });
+    cases.parts("rows of an eighth of a block", INVALID, &["rows of 32", "IQ2_XS"], |f| {
+        f.push_tensor("x.weight", &[32, 8], IQ2_XS, vec![0; 74]);
+    });
+
+    // Where the data is.
+    for (name, offset) in [("offset 4", 4), ("offset 16", 16), ("offset 2^64 - 1", u64::MAX)] {
+        cases.parts(name, INVALID, &["output_norm.weight", "multiple of 32"], |f| {
+            f.tensor("output_norm.weight").offset = Some(offset);
+        });
+    }
+    for (name, offset) in
+        [("offset beyond the file", 1 << 30), ("offset 2^63", 1 << 63), ("offset that wraps", u64::MAX - 31)]
+    {
+        cases.parts(name, INVALID, &["output_norm.weight", "needs 256 bytes", "short"], |f| {
+            f.tensor("output_norm.weight").offset = Some(offset);
+        });
+    }
+    cases.parts("two tensors at one place", INVALID, &["overlaps", "token_embd.weight"], |f| {
+        f.tensor("output_norm.weight").offset = Some(0);
+    });
+    cases.parts(
+        "a tensor in the middle of another",
+        INVALID,
+        &["output_norm.weight", "overlaps tensor token_embd.weight"],
+        |f| {
+            f.tensor("output_norm.weight").offset = Some(4096);
+        },
+    );
+    cases.parts("offsets for an alignment the file does not have", INVALID, &["multiple of 4096"], |f| {
+        f.set_u32("general.alignment", 4096);
+    });
+
+    // Downloads cut short.
+    cases.bytes("cut in the metadata", INVALID, &["short"], &whole[..header / 4]);
+    cases.bytes("cut in the tensor table", INVALID, &["tensor", "short"], &whole[..header - 7]);
+    cases.bytes("cut before the data", INVALID, &["tensor", "short"], &whole[..header]);
+    cases.bytes("cut in the middle", INVALID, &["tensor", "short"], &whole[..whole.len() / 2]);
+    cases.bytes("the last byte missing", INVALID, &["tensor", "file ends 1 bytes short"], &whole[..end - 1]);
+
+    cases.check(&[show, run]);
+}
+
+#[test]
+fn impossible_hyper_parameters_are_refused() {
+    let mut cases = Cases::default();
+    cases.parts("no architecture", INVALID, &["general.architecture"], |f| f.remove("general.architecture"));
+    cases.parts("architecture is a number", INVALID, &["general.architecture", "u32"], |f| {
+        f.set_u32("general.architecture", 4)
+    });
+    cases.parts("another architecture", UNSUPPORTED, &["llama", "gemma4"], |f| {
+        f.set_str("general.architecture", "llama")
+    });
+    cases.parts("an architecture with escapes", UNSUPPORTED, &["\\u{1b}]0;x\\u{7}"], |f| {
+        f.set_str("general.architecture", "\x1b]0;x\x07\r\n");
+    });
+    cases.parts("an architecture that is not UTF-8", INVALID, &["general.architecture", "UTF-8"], |f| {
+        f.set_str("general.architecture", b"\xffgemma4");
+    });
+    cases.parts("one file of a split model", UNSUPPORTED, &["split.count"], |f| {
+        f.set("split.count", 2, 3_u16.to_le_bytes());
+    });
+
+    for key in [
+        "gemma4.block_count",
+        "gemma4.context_length",
+        "gemma4.embedding_length",
+        "gemma4.feed_forward_length",
+        "gemma4.attention.head_count",
+        "gemma4.attention.sliding_window",
+        "gemma4.attention.sliding_window_pattern",
+        "gemma4.attention.layer_norm_rms_epsilon",
+        "gemma4.attention.key_length",
+        "gemma4.attention.key_length_swa",
+    ] {
+        cases.parts(key, INVALID, Box::leak(Box::new([key, "missing"])), |f| f.remove(key));
+    }
+    for key in [
+        "gemma4.block_count",
+        "gemma4.context_length",
+        "gemma4.embedding_length",
+        "gemma4.feed_forward_length",
+        "gemma4.attention.head_count",
+        "gemma4.attention.head_count_kv",
+        "gemma4.attention.sliding_window",
+        "gemma4.attention.key_length",
+        "gemma4.attention.value_length",
+        "gemma4.attention.key_length_swa",
+        "gemma4.attention.value_length_swa",
+        "gemma4.rope.dimension_count",
+        "gemma4.rope.dimension_count_swa",
+    ] {
+        let words: &'static [&'static str] = Box::leak(Box::new([key]));
+        cases.parts("0 as a key below", INVALID, words, |f| f.set_u32(key, 0));
+        cases.parts("2^32 - 1 as a key below", if key.ends_with("context_length") { 0 } else { INVALID }, words, |f| {
+            f.set_u32(key, u32::MAX)
+        });
+        cases.parts("-1 as a key below", INVALID, words, |f| f.set(key, ty::I32, (-1_i32).to_le_bytes()));
+        cases.parts("2^63 as a key below", INVALID, words, |f| f.set(key, ty::U64, (1_u64 << 63).to_le_bytes()));
+        cases.parts("text as a key below", INVALID, words, |f| f.set_str(key, "4"));
+        cases.parts("a float as a key below", INVALID, words, |f| f.set_f32(key, 4.0));
+        cases.parts("a bool as a key below", INVALID, words, |f| f.set(key, ty::BOOL, [1]));
+        cases.parts("an array of no use as a key below", INVALID, words, |f| {
+            f.set(key, ty::ARRAY, raw::strings(&["4"]))
+        });
+    }
+    // A context of 2^32 - 1 is a boast, not a defect; nothing is allocated for it. And a window so large never closes.
+    let boast = |case: &Case| {
+        case.name.starts_with("2^32 - 1")
+            && matches!(case.words[0], "gemma4.context_length" | "gemma4.attention.sliding_window")
+    };
+    cases.0.retain(|case| !boast(case));
+
+    for key in ["gemma4.feed_forward_length", "gemma4.attention.head_count", "gemma4.attention.head_count_kv"] {
+        let words: &'static [&'static str] = Box::leak(Box::new([key]));
+        cases.parts("too few layers in an array", INVALID, words, |f| f.set(key, ty::ARRAY, raw::i32s(&[1, 1, 1])));
+        cases.parts("too many layers in an array", INVALID, words, |f| f.set(key, ty::ARRAY, raw::i32s(&[1; 5])));
+        cases.parts("no layers in an array", INVALID, words, |f| f.set(key, ty::ARRAY, raw::i32s(&[])));
+        cases.parts("a negative in an array", INVALID, words, |f| f.set(key, ty::ARRAY, raw::i32s(&[1, 1, -1, 1])));
+        cases.parts("a zero in an array", INVALID, words, |f| f.set(key, ty::ARRAY, raw::i32s(&[1, 1, 0, 1])));
+    }
+    let pattern = "gemma4.attention.sliding_window_pattern";
+    cases.parts("pattern too short", INVALID, &["sliding_window_pattern", "3"], |f| {
+        f.set(pattern, ty::ARRAY, raw::array(ty::BOOL, 3, &[1, 0, 1]))
+    });
+    cases.parts("pattern too long", INVALID, &["sliding_window_pattern", "5"], |f| {
+        f.set(pattern, ty::ARRAY, raw::array(ty::BOOL, 5, &[1, 0, 1, 0, 1]))
+    });
+    cases.parts("pattern of integers", INVALID, &["sliding_window_pattern", "bool"], |f| {
+        f.set(pattern, ty::ARRAY, raw::i32s(&[1, 0, 1, 0]))
+    });
+    cases.parts("pattern a number", INVALID, &["sliding_window_pattern", "array"], |f| f.set_u32(pattern, 2));
+    cases.parts("more layers than tensors", INVALID, &["sliding_window_pattern"], |f| {
+        f.set_u32("gemma4.block_count", 5)
+    });
+    cases.parts("heads not divisible by their keys", INVALID, &["head_count_kv"], |f| {
+        f.set_u32("gemma4.attention.head_count", 3);
+        f.set_u32("gemma4.attention.head_count_kv", 2);
+    });
+    cases.parts("another number of heads", INVALID, &["tensor blk.0.attn_q.weight", "shape"], |f| {
+        f.set_u32("gemma4.attention.head_count", 4)
+    });
+    cases.parts("more heads than believable", INVALID, &["head_count"], |f| {
+        f.set_u32("gemma4.attention.head_count", 1 << 20)
+    });
+    cases.parts("another width", INVALID, &["tensor", "shape"], |f| f.set_u32("gemma4.embedding_length", 32));
+    cases.parts("odd width", INVALID, &["tensor", "shape"], |f| f.set_u32("gemma4.embedding_length", 63));
+    cases.parts("odd head", INVALID, &["key_length"], |f| {
+        f.set_u32("gemma4.attention.key_length", 63);
+        f.set_u32("gemma4.attention.value_length", 63);
+    });
+    cases.parts("values of another width than keys", INVALID, &["value_length"], |f| {
+        f.set_u32("gemma4.attention.value_length", 32)
+    });
+    cases.parts("the same in sliding layers", INVALID, &["value_length_swa"], |f| {
+        f.set_u32("gemma4.attention.value_length_swa", 16)
+    });
+    cases.parts("odd rotation", INVALID, &["rope.dimension_count"], |f| f.set_u32("gemma4.rope.dimension_count", 31));
+    cases.parts("rotation beyond the head", INVALID, &["rope.dimension_count"], |f| {
+        f.set_u32("gemma4.rope.dimension_count", 128)
+    });
+    cases.parts("odd rotation in sliding layers", INVALID, &["rope.dimension_count_swa"], |f| {
+        f.set_u32("gemma4.rope.dimension_count_swa", 17)
+    });
+    cases.parts("rotation beyond the head in sliding layers", INVALID, &["rope.dimension_count_swa"], |f| {
+        f.set_u32("gemma4.rope.dimension_count_swa", 64)
+    });
+    let shared = "gemma4.attention.shared_kv_layers";
+    cases.parts("all layers share", INVALID, &["shared_kv_layers"], |f| f.set_u32(shared, 4));
+    cases.parts("more layers share than there are", INVALID, &["shared_kv_layers"], |f| f.set_u32(shared, 5));
+    cases.parts("sharing with a layer of the other kind", INVALID, &["shared_kv_layers", "global"], |f| {
+        f.set_u32(shared, 3)
+    });
+    cases.parts("2^32 - 1 layers share", INVALID, &["shared_kv_layers"], |f| f.set_u32(shared, u32::MAX));
+    cases.parts("fewer layers share than have no keys", INVALID, &["blk.2.attn_k"], |f| f.set_u32(shared, 1));
+    for key in [
+        "gemma4.rope.freq_base",
+        "gemma4.rope.freq_base_swa",
+        "gemma4.final_logit_softcapping",
+        "gemma4.attention.layer_norm_rms_epsilon",
+    ] {
+        let words: &'static [&'static str] = Box::leak(Box::new([key]));
+        for (name, x) in
+            [("NaN", f32::NAN), ("infinity", f32::INFINITY), ("-infinity", f32::NEG_INFINITY), ("-1", -1.0)]
+        {
+            cases.parts(name, INVALID, words, |f| f.set_f32(key, x));
+        }
+        cases.parts("NaN as f64", INVALID, words, |f| f.set(key, ty::F64, f64::NAN.to_le_bytes()));
+        cases.parts("f64 beyond f32", INVALID, words, |f| f.set(key, ty::F64, 1e300_f64.to_le_bytes()));
+        cases.parts("an integer for a float", INVALID, words, |f| f.set_u32(key, 1));
+        if !key.ends_with("epsilon") {
+            cases.parts("zero for a float", INVALID, words, |f| f.set_f32(key, 0.0));
+        }
+    }
+    cases.parts("per-layer embedding of another width", INVALID, &["per_layer_token_embd.weight"], |f| {
+        f.set_u32("gemma4.embedding_length_per_layer_input", 64);
+    });
+    cases.parts("per-layer embedding of 2^32 - 1", INVALID, &["embedding_length_per_layer_input"], |f| {
+        f.set_u32("gemma4.embedding_length_per_layer_input", u32::MAX);
+    });
+
+    for key in ["gemma4.expert_count", "gemma4.expert_used_count", "gemma4.expert_feed_forward_length"] {
+        let words: &'static [&'static str] = Box::leak(Box::new(["expert"]));
+        cases.moe("0 experts in some sense", INVALID, words, |f| f.set_u32(key, 0));
+        cases.moe("2^32 - 1 experts in some sense", INVALID, words, |f| f.set_u32(key, u32::MAX));
+        cases.moe("experts are text", INVALID, words, |f| f.set_str(key, "2"));
+        cases.moe("experts are negative", INVALID, words, |f| f.set(key, ty::I32, (-2_i32).to_le_bytes()));
+    }
+    cases.moe("more experts used than there are", INVALID, &["expert_used_count"], |f| {
+        f.set_u32("gemma4.expert_used_count", 5)
+    });
+    cases.moe("no number of experts used", INVALID, &["expert_used_count"], |f| f.remove("gemma4.expert_used_count"));
+    cases.moe("no number of experts", INVALID, &["expert"], |f| f.remove("gemma4.expert_count"));
+    cases.moe("no width of experts", INVALID, &["expert_feed_forward_length"], |f| {
+        f.remove("gemma4.expert_feed_forward_length")
+    });
+    cases.moe("experts of another number", INVALID, &["tensor", "shape"], |f| f.set_u32("gemma4.expert_count", 8));
+
+    cases.check(&[show, run]);
+}
+
+#[test]
+fn wrong_tensors_are_refused() {
+    let mut cases = Cases::default();
+    for name in [
+        "token_embd.weight",
+        "output_norm.weight",
+        "rope_freqs.weight",
+        "per_layer_token_embd.weight",
+        "per_layer_model_proj.weight",
+        "per_layer_proj_norm.weight",
+        "blk.0.attn_norm.weight",
+        "blk.0.attn_q.weight",
+        "blk.0.attn_k.weight",
+        "blk.0.attn_v.weight",
+        "blk.3.attn_output.weight",
+        "blk.1.attn_q_norm.weight",
+        "blk.1.attn_k_norm.weight",
+        "blk.2.post_attention_norm.weight",
+        "blk.2.ffn_norm.weight",
+        "blk.3.ffn_gate.weight",
+        "blk.3.ffn_up.weight",
+        "blk.3.ffn_down.weight",
+        "blk.3.post_ffw_norm.weight",
+        "blk.3.inp_gate.weight",
+        "blk.3.proj.weight",
+        "blk.3.post_norm.weight",
+    ] {
+        let words: &'static [&'static str] = Box::leak(Box::new([name]));
+        cases.parts("a tensor is missing", INVALID, words, |f| f.tensors.retain(|t| t.name != name.as_bytes()));
+        cases.parts("a tensor has one row or value too few", INVALID, words, |f| {
+            *f.tensor(name).dims.last_mut().unwrap() -= 1;
+        });
+        cases.parts("a tensor has a dimension too many", INVALID, words, |f| {
+            let t = f.tensor(name);
+            t.dims.resize(3, 1);
+            t.dims[2] = 2;
+            t.data.extend_from_within(..);
+        });
+        if name.ends_with("norm.weight") {
+            cases.parts("a norm of f64", INVALID, words, |f| {
+                let t = f.tensor(name);
+                t.type_id = F64;
+                t.data.extend_from_within(..);
+            });
+            cases.parts("a norm of f16", INVALID, words, |f| f.tensor(name).type_id = F16);
+            cases.parts("a norm of Q4_0", INVALID, words, |f| {
+                let t = f.tensor(name);
+                t.type_id = Q4_0;
+                t.dims[0] = t.dims[0].next_multiple_of(32);
+            });
+            for (what, x) in [("NaN in a norm", f32::NAN), ("infinity in a norm", f32::INFINITY)] {
+                cases.parts(what, INVALID, words, |f| f.tensor(name).data[4..8].copy_from_slice(&x.to_le_bytes()));
+            }
+        } else if name != "rope_freqs.weight" {
+            cases.parts("a matrix of I8", UNSUPPORTED, words, |f| {
+                let t = f.tensor(name);
+                t.type_id = I8;
+                t.data.resize(t.dims.iter().product::<u64>() as usize, 1);
+            });
+            cases.parts("a matrix of F64", UNSUPPORTED, words, |f| {
+                let t = f.tensor(name);
+                t.type_id = F64;
+                t.data.resize(t.dims.iter().product::<u64>() as usize * 8, 0);
+            });
+        }
+    }
+    cases.parts("a transposed matrix", INVALID, &["blk.0.attn_q.weight", "shape"], |f| {
+        let mut spec = spec();
+        spec.heads = 4;
+        *f = parts(&spec);
+        f.tensor("blk.0.attn_q.weight").dims.reverse();
+    });
+    cases.parts("an embedding with fewer rows than tokens", INVALID, &["token_embd.weight"], |f| {
+        f.tensor("token_embd.weight").dims[1] -= 32;
+    });
+    cases.parts("fewer tokens than rows", INVALID, &["token_embd.weight"], |f| {
+        f.remove("tokenizer.ggml.token_type");
+        let file = Gguf::from_bytes("b", base().bytes()).unwrap();
+        let tokens: Vec<&[u8]> = file.array("tokenizer.ggml.tokens").unwrap().unwrap().strings().unwrap().collect();
+        f.set("tokenizer.ggml.tokens", ty::ARRAY, raw::strings(&tokens[..500]));
+    });
+    for (name, x) in
+        [("rotation divisor 0", 0.0), ("rotation divisor NaN", f32::NAN), ("rotation divisor -1", -1.0_f32)]
+    {
+        cases.parts(name, INVALID, &["rope_freqs.weight"], |f| {
+            f.tensor("rope_freqs.weight").data[..4].copy_from_slice(&x.to_le_bytes())
+        });
+    }
+    cases.parts("a layer scale of two values", INVALID, &["blk.1.layer_output_scale.weight"], |f| {
+        let t = f.tensor("blk.1.layer_output_scale.weight");
+        t.dims = vec![2];
+        t.data.extend_from_within(..);
+    });
+    cases.parts("a layer scale of NaN", INVALID, &["blk.1.layer_output_scale.weight"], |f| {
+        f.tensor("blk.1.layer_output_scale.weight").data.copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    cases.parts("an output matrix of the wrong shape", INVALID, &["output.weight"], |f| {
+        f.push_tensor("output.weight", &[64, 10], F32, vec![0; 64 * 10 * 4]);
+    });
+    cases.parts("fused q, k and v of the wrong shape", INVALID, &["blk.0.attn_qkv.weight"], |f| {
+        f.push_tensor("blk.0.attn_qkv.weight", &[64, 10], F32, vec![0; 64 * 10 * 4]);
+    });
+    cases.moe("a router of the wrong shape", INVALID, &["blk.0.ffn_gate_inp.weight"], |f| {
+        f.tensor("blk.0.ffn_gate_inp.weight").dims[1] -= 1;
+    });
+    cases.moe("experts of the wrong shape", INVALID, &["blk.0.ffn_down_exps.weight"], |f| {
+        f.tensor("blk.0.ffn_down_exps.weight").dims[2] -= 1;
+    });
+    cases.moe("no experts", INVALID, &["blk.0.ffn_gate_exps.weight"], |f| {
+        f.tensors.retain(|t| t.name != b"blk.0.ffn_gate_up_exps.weight");
+    });
+    cases.check(&[show, run]);
+}
+
+#[test]
+fn broken_vocabularies_are_refused() {
+    const TOKENS: &str = "tokenizer.ggml.tokens";
+    const TYPES: &str = "tokenizer.ggml.token_type";
+    const SCORES: &str = "tokenizer.ggml.scores";
+    let mut cases = Cases::default();
+    let file = Gguf::from_bytes("b", base().bytes()).unwrap();
+    let tokens: Vec<Vec<u8>> = file.array(TOKENS).unwrap().unwrap().strings().unwrap().map(<[u8]>::to_vec).collect();
+    let with = |id: usize, text: &[u8]| {
+        let mut tokens = tokens.clone();
+        tokens[id] = text.to_vec();
+        raw::strings(&tokens)
+    };
+
+    cases.parts("no tokenizer model", INVALID, &["tokenizer.ggml.model"], |f| f.remove("tokenizer.ggml.model"));
+    for model in ["llama", "gpt2", "bert", "t5", "no_vocab", "\x1b[31m"] {
+        cases.parts("another tokenizer", UNSUPPORTED, &["tokenizer.ggml.model"], |f| {
+            f.set_str("tokenizer.ggml.model", model)
+        });
+    }
+    cases.parts("tokenizer model a number", INVALID, &["tokenizer.ggml.model"], |f| {
+        f.set_u32("tokenizer.ggml.model", 1)
+    });
+    cases.parts("no tokens", INVALID, &[TOKENS], |f| f.remove(TOKENS));
+    cases.parts("an empty vocabulary", INVALID, &[TOKENS], |f| f.set(TOKENS, ty::ARRAY, raw::strings::<&str>(&[])));
+    cases
+        .parts("tokens are numbers", INVALID, &[TOKENS, "i32"], |f| f.set(TOKENS, ty::ARRAY, raw::i32s(&vec![1; 512])));
+    cases.parts("tokens are one string", INVALID, &[TOKENS], |f| f.set_str(TOKENS, "a b c"));
+    cases.parts("one token", INVALID, &[], |f| f.set(TOKENS, ty::ARRAY, raw::strings(&["<bos>"])));
+    for (name, len) in [("types too short", 511), ("types too long", 513), ("no types in the array", 0)] {
+        cases.parts(name, INVALID, &[TYPES], |f| f.set(TYPES, ty::ARRAY, raw::i32s(&vec![1; len])));
+    }
+    cases.parts("types are floats", INVALID, &[TYPES], |f| {
+        f.set(TYPES, ty::ARRAY, raw::array(ty::F32, 512, &vec![0; 2048]));
+    });
+    cases.parts("types are strings", INVALID, &[TYPES], |f| f.set(TYPES, ty::ARRAY, raw::strings(&vec!["1"; 512])));
+    cases.parts("types are one number", INVALID, &[TYPES], |f| f.set_u32(TYPES, 1));
+    for (name, len) in [("scores too short", 511), ("scores too long", 600)] {
+        cases.parts(name, INVALID, &[SCORES], |f| {
+            f.set(SCORES, ty::ARRAY, raw::array(ty::F32, len, &vec![0; len as usize * 4]))
+        });
+    }
+    cases.parts("scores stored as bytes", INVALID, &[SCORES], |f| {
+        f.set(SCORES, ty::ARRAY, raw::array(ty::U8, 512, &[0; 512]))
+    });
+    cases.parts("no merges", INVALID, &["tokenizer.ggml.merges"], |f| f.remove("tokenizer.ggml.merges"));
+    cases.parts("merges are numbers", INVALID, &["tokenizer.ggml.merges"], |f| {
+        f.set("tokenizer.ggml.merges", ty::ARRAY, raw::i32s(&[1, 2]))
+    });
+    for name in ["bos", "eos", "unknown", "padding", "mask", "eot"] {
+        let key: &'static str = Box::leak(format!("tokenizer.ggml.{name}_token_id").into());
+        let words: &'static [&'static str] = Box::leak(Box::new([key]));
+        cases.parts("a special id one beyond the vocabulary", INVALID, words, |f| f.set_u32(key, 512));
+        cases.parts("a special id of 2^32 - 1", INVALID, words, |f| f.set_u32(key, u32::MAX));
+        cases.parts("a special id of -1", INVALID, words, |f| f.set(key, ty::I32, (-1_i32).to_le_bytes()));
+        cases.parts("a special id as text", INVALID, words, |f| f.set_str(key, "<bos>"));
+    }
+    let suppress = "tokenizer.ggml.suppress_tokens";
+    cases.parts("a suppressed id beyond the vocabulary", INVALID, &["suppress_tokens"], |f| {
+        f.set(suppress, ty::ARRAY, raw::i32s(&[5, 512]))
+    });
+    cases.parts("a negative suppressed id", INVALID, &["suppress_tokens"], |f| {
+        f.set(suppress, ty::ARRAY, raw::i32s(&[-1]))
+    });
+    cases
+        .parts("suppressed texts", INVALID, &["suppress_tokens"], |f| f.set(suppress, ty::ARRAY, raw::strings(&["a"])));
+    for text in ["<0x-1>", "<0x1>", "<0xGG>", "<0x100>", "<0x>", "0x41", "<0x 1>", "<0x+1>", ""] {
+        let value = with(300, text.as_bytes());
+        cases.parts("a byte token that is none", INVALID, &[TOKENS, "300"], move |f| f.set(TOKENS, ty::ARRAY, value));
+    }
+    let long = with(500, &vec![b'x'; 1 << 20]);
+    cases.parts("a token of 1 MiB", INVALID, &[TOKENS, "500"], |f| f.set(TOKENS, ty::ARRAY, long));
+    let nameless = with(2, b"x");
+    cases.parts("no beginning of text", INVALID, &["<bos>"], |f| {
+        f.set(TOKENS, ty::ARRAY, nameless);
+        f.remove("tokenizer.ggml.bos_token_id");
+    });
+    cases.check(&[show, run]);
+}
+
+#[test]
+fn hostile_templates_are_refused() {
+    let mut cases = Cases::default();
+    let mut bad = |name, text: &str| {
+        cases.parts(name, INVALID, &["chat_template"], |f| f.set_str("tokenizer.chat_template", text));
+    };
+    bad("unclosed tag", "{% if true");
+    bad("unclosed block", "{% for m in messages %}x");
+    bad("unknown tag", "{% explode %}");
+    bad("a stray end", "{% endfor %}");
+    bad("unclosed string", "{{ 'x }}");
+    bad("an unknown filter", "{{ messages|explode }}");
+    bad("an unknown function", "{{ explode() }}");
+    bad("a wild index", "{{ messages[999999999999999999].content.x.y }}");
+    bad("an index of a number", "{{ (1).x.y.z[0] }}");
+    bad("raise_exception", "{{ raise_exception('no \x1b[31m thanks') }}");
+    bad("an endless range", "{% for i in range(1000000000) %}{% endfor %}");
+    bad(
+        "nested loops",
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    );
+    bad(
+        "a huge output",
+        "{% for a in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' * 99 }}{% endfor %}",
+    );
+    bad("a huge string", "{{ 'x' * 9999999999 }}");
+    bad(
+        "doubling",
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    );
+    bad(
+        "doubling a list",
+        "{% set ns = namespace(x=[1, 2]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    );
+    bad("a macro without end", "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}");
+    bad(
+        "two macros without end",
+        "{% macro f(n) %}{{ g(n) }}{% endmacro %}{% macro g(n) %}{{ f(n) ~ f(n) }}{% endmacro %}{{ f(1) }}",
+    );
+    bad("deep parentheses", &format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000)));
+    bad("deep lists", &format!("{{{{ {}1{} }}}}", "[".repeat(100_000), "]".repeat(100_000)));
+    bad("deep blocks", &format!("{}{}", "{% if true %}".repeat(50_000), "{% endif %}".repeat(50_000)));
+    bad("a long chain of operators", &format!("{{{{ 1{} }}}}", "+1".repeat(400_000)));
+    bad("a long chain of negations", &format!("{{{{ {}1 }}}}", "not ".repeat(200_000)));
+    bad("a long chain of minus signs", &format!("{{{{ {}1 }}}}", "-".repeat(200_000)));
+    bad("a long chain of filters", &format!("{{{{ 'a'{} }}}}", "|upper".repeat(100_000)));
+    bad("an include", "{% include '/etc/passwd' %}");
+    bad("an import", "{% import 'x' as y %}");
+    bad("padding by a filter", "{{ 'x'|center(9999999999) }}");
+    bad("an indent by a filter", "{{ 'x\ny'|indent(9999999999) }}");
+    bad("a format", "{{ '%9999999999d'|format(1) }}");
+    bad("a million replacements", "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}");
+    bad("a method that repeats", "{{ ('x' * 100000).replace('x', 'y' * 100000) }}");
+    bad("a method that pads", "{{ 'x'.ljust(9999999999) }}");
+    bad("more than a mebibyte of source", &"x".repeat((1 << 20) + 1));
+    cases.parts("a template that is no text", INVALID, &["chat_template"], |f| f.set_u32("tokenizer.chat_template", 1));
+    cases.parts("a template that is not UTF-8", INVALID, &["chat_template"], |f| {
+        f.set_str("tokenizer.chat_template", b"{{ \xff }}")
+    });
+    cases.check(&[template, chat]);
+}
+
+/// A file that works, whatever it looks like, in the commands named.
+fn works(name: &str, bytes: &[u8], commands: &[fn(&Path) -> Outcome]) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("bad.gguf"), bytes).unwrap();
+    let outcomes = commands.iter().map(|command| command(dir.path()).works()).enumerate();
+    outcomes.filter_map(|(i, result)| Some(format!("{name} (command {i}): {}", result.err()?))).collect()
+}
+
+#[test]
+fn unusual_files_work() {
+    const TOKENS: &str = "tokenizer.ggml.tokens";
+    let mut failures = Vec::new();
+    let mut good = |name: &str, change: &dyn Fn(&mut Parts)| {
+        let mut parts = base();
+        change(&mut parts);
+        failures.extend(works(name, &parts.bytes(), &[show, run]));
+    };
+    good("version 2", &|f| f.version = 2);
+    good("unknown keys", &|f| {
+        f.set_str("gemma4.vision.something", "new");
+        f.set("x.numbers", ty::ARRAY, raw::array(ty::U64, 3, &[7; 24]));
+        f.set("x.nothing", ty::ARRAY, raw::array(ty::F64, 0, &[]));
+    });
+    good("unknown tensors in formats nobody multiplies with", &|f| {
+        f.push_tensor("v.blk.0.attn_q.weight", &[256, 2], IQ2_XS, vec![9; 148]);
+        f.push_tensor("a.conv.weight", &[3, 5], F64, vec![0; 120]);
+        f.push_tensor("mm.table", &[7], I8, vec![1; 7]);
+    });
+    good("a gap between tensors", &|f| {
+        f.push_tensor("gap", &[4096], I8, vec![0; 4096]);
+        let last = f.tensors.len() - 1;
+        f.tensors[last].dims = vec![1];
+    });
+    good("alignment 4096", &|f| {
+        f.set_u32("general.alignment", 4096);
+        f.alignment = 4096;
+    });
+    good("alignment 8", &|f| {
+        f.set_u32("general.alignment", 8);
+        f.alignment = 8;
+    });
+    good("tensors in another order", &|f| f.tensors.reverse());
+    good("keys in another order", &|f| f.pairs.reverse());
+    good("integers of other widths", &|f| {
+        f.set("gemma4.block_count", ty::U64, 4_u64.to_le_bytes());
+        f.set("gemma4.attention.head_count", ty::U8, [2]);
+        f.set("gemma4.attention.head_count_kv", ty::ARRAY, raw::array(ty::U32, 4, &[1, 0, 0, 0].repeat(4)));
+        f.set("gemma4.rope.freq_base", ty::F64, 1e6_f64.to_le_bytes());
+    });
+    good("a boast of a context", &|f| f.set_u32("gemma4.context_length", u32::MAX));
+    good("a window that never closes", &|f| f.set_u32("gemma4.attention.sliding_window", u32::MAX));
+    good("a name with escapes", &|f| f.set_str("general.name", "\x1b[31mred\x1b]0;title\x07\n\u{202e}"));
+    good("a name that is not UTF-8", &|f| f.set_str("general.name", b"\xff\xfe"));
+    good("a name that is a number", &|f| f.set_u32("general.name", 7));
+    good("a description of a megabyte", &|f| f.set_str("general.description", vec![b'x'; 1 << 20]));
+    good("a file that says BOS is not needed", &|f| f.set("tokenizer.ggml.add_bos_token", ty::BOOL, [0]));
+    good("optional keys left out", &|f| {
+        f.remove("gemma4.final_logit_softcapping");
+        f.remove("gemma4.rope.freq_base_swa");
+        f.remove("gemma4.rope.dimension_count_swa");
+        f.remove("tokenizer.ggml.unknown_token_id");
+    });
+    good("scores", &|f| f.set("tokenizer.ggml.scores", ty::ARRAY, raw::array(ty::F32, 512, &[0; 2048])));
+    good("strange merges", &|f| {
+        f.set(
+            "tokenizer.ggml.merges",
+            ty::ARRAY,
+            raw::strings(&["", " ", "x", "a  b", "no such", "t he extra", "\u{2581} t"]),
+        );
+    });
+    good("no merges in the array", &|f| f.set("tokenizer.ggml.merges", ty::ARRAY, raw::strings::<&str>(&[])));
+    good("no chat template", &|f| f.remove("tokenizer.chat_template"));
+
+    let file = Gguf::from_bytes("b", base().bytes()).unwrap();
+    let tokens: Vec<Vec<u8>> = file.array(TOKENS).unwrap().unwrap().strings().unwrap().map(<[u8]>::to_vec).collect();
+    for (name, text) in [
+        ("a token twice", &b"\xe2\x96\x81the"[..]),
+        ("an empty token", b""),
+        ("a token with NUL", b"a\0b"),
+        ("a token that is not UTF-8", b"\xff\xc0"),
+        ("a token with escapes", b"\x1b[31m"),
+        ("a marker twice", b"<bos>"),
+    ] {
+        good(name, &|f| {
+            let mut tokens = tokens.clone();
+            tokens[200] = text.to_vec();
+            f.set(TOKENS, ty::ARRAY, raw::strings(&tokens));
+        });
+    }
+
+    let mut bytes = base().bytes();
+    bytes.extend([0xaa; 5000]);
+    failures.extend(works("bytes after the data", &bytes, &[show, run]));
+    let mut only_metadata = base();
+    only_metadata.tensors.clear();
+    failures.extend(works("metadata and no tensors", &only_metadata.bytes(), &[show]));
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_model_that_computes_nonsense_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parts = base();
+    // Every scale of a matrix is NaN.
+    parts
+        .tensor("blk.1.ffn_down.weight")
+        .data
+        .chunks_exact_mut(18)
+        .for_each(|block| block[..2].copy_from_slice(&[0, 0x7e]));
+    fs::write(dir.path().join("bad.gguf"), parts.bytes()).unwrap();
+    show(dir.path()).works().unwrap();
+    run(dir.path()).refused(INVALID, &["bad.gguf", "non-finite"]).unwrap();
+}
+
+#[test]
+fn a_file_full_of_holes_is_refused_in_no_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bad.gguf");
+    // A string array of 2^27 empty strings in the hole: a gigabyte to walk.
+    let mut parts = base();
+    parts.set("x.holes", ty::ARRAY, raw::array(ty::STR, 1 << 27, &[]));
+    fs::write(&path, parts.bytes()).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 36).unwrap();
+    for command in [show, run] {
+        command(dir.path()).refused(INVALID, &["bad.gguf", "x.holes", "header"]).unwrap();
+    }
+    // As many bytes: skipped without a look, and too much all the same.
+    let mut parts = base();
+    parts.set("x.holes", ty::ARRAY, raw::array(ty::U8, 1 << 34, &[]));
+    fs::write(&path, parts.bytes()).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 36).unwrap();
+    for command in [show, run] {
+        command(dir.path()).refused(INVALID, &["bad.gguf", "x.holes", "header"]).unwrap();
+    }
+    // Just within the limit: read, and refused for what follows.
+    let mut parts = base();
+    parts.set("x.holes", ty::ARRAY, raw::array(ty::STR, 15 << 20, &[]));
+    fs::write(&path, parts.bytes()).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 36).unwrap();
+    for command in [show, run] {
+        command(dir.path()).refused(INVALID, &["bad.gguf"]).unwrap();
+    }
+}
+
+#[test]
+fn special_files_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    fs::create_dir(path("folder.gguf")).unwrap();
+    fs::write(path("empty.gguf"), b"").unwrap();
+    assert!(Command::new("mkfifo").arg(path("pipe.gguf")).status().unwrap().success());
+    std::os::unix::fs::symlink("/dev/zero", path("zero.gguf")).unwrap();
+    std::os::unix::fs::symlink("nowhere", path("dangling.gguf")).unwrap();
+    for (name, code, words) in [
+        ("folder.gguf", INVALID, "is a directory"),
+        ("empty.gguf", INVALID, "0 bytes"),
+        ("pipe.gguf", INVALID, "pipe or a device"),
+        ("zero.gguf", INVALID, "pipe or a device"),
+        ("dangling.gguf", 3, "no such file"),
+        ("missing.gguf", 3, "no such file"),
+    ] {
+        for args in [&["show", name][..], &["run", name, "the", "--raw", "-n", "1"]] {
+            gemrun(dir.path(), args).refused(code, &[name, words]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_closed_stdout_ends_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("bad.gguf"), base().bytes()).unwrap();
+    let program = env!("CARGO_BIN_EXE_gemrun");
+    for command in ["show bad.gguf --tensors --kv", "run bad.gguf the --raw -n 8"] {
+        // Nobody reads: the far end of the pipe is closed before the program starts.
+        let script = format!("{{ sleep 0.2; \"{program}\" {command}; echo $? >code; }} 2>stderr | true");
+        Command::new("sh").args(["-c", &script]).current_dir(dir.path()).status().unwrap();
+        let wait = Instant::now();
+        while fs::read_to_string(dir.path().join("code")).unwrap_or_default().is_empty() {
+            assert!(wait.elapsed() < Duration::from_secs(20), "{command} does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(fs::read_to_string(dir.path().join("code")).unwrap().trim(), "0", "{command}");
+        assert_eq!(fs::read_to_string(dir.path().join("stderr")).unwrap(), "", "{command}");
+        // No stdout at all.
+        let script = format!("exec \"{program}\" {command} >&-");
+        let output = Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code().is_some_and(|code| code < 101) && !stderr.contains("panicked"), "{stderr}");
+    }
+}
