@@ -8,6 +8,8 @@
 mod common;
 mod oracle;
 
+use common::damage::{self, EXTREMES, Rng, injure, put};
+
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,12 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use common::raw_gguf::{self as raw, Pair, ty};
+use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
+use gemrun::kv::KvType;
+use gemrun::model::Model;
+use gemrun::team::Team;
+use gemrun::tokenizer::Tokenizer;
 use oracle::synth::{self, Experts, Spec};
 use raw::File as Parts;
 
@@ -1067,6 +1074,111 @@ fn a_file_full_of_holes_is_refused_in_no_time() {
             command(dir.path()).refused(INVALID, &["bad.gguf", words[0], words[1]]).unwrap();
         }
     }
+}
+
+/// Everything `run` does with a file, in this process: load, tokenize, three tokens through the model.
+fn use_model(bytes: Vec<u8>) -> gemrun::Result<()> {
+    let gguf = Gguf::from_bytes("x.gguf", bytes)?;
+    let tokenizer = Tokenizer::from_gguf(&gguf)?;
+    let model = Model::load(&gguf, &Default::default())?;
+    let ids = tokenizer.encode_with_bos("the\n<|turn>\u{e9}", true);
+    let mut state = State::new(&model, KvType::F32, model.config.context.min(8), 2)?;
+    let team = Team::new(1)?;
+    for chunk in ids[..model.config.context.min(3)].chunks(state.batch()) {
+        let logits = forward(&model, &team, &mut state, chunk, Want::Last)?;
+        assert_eq!(logits.len(), tokenizer.vocab_size());
+    }
+    tokenizer.decode(&ids, true);
+    Ok(())
+}
+
+/// Changes that leave a file well-formed and its contents wrong: they get further than damaged bytes.
+fn contradict(parts: &mut Parts, rng: &mut Rng) {
+    let small = [0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 64, 128, 511, 512, 513];
+    for _ in 0..=rng.below(2) {
+        let number = match rng.below(4) {
+            0 => EXTREMES[rng.below(EXTREMES.len())],
+            _ => small[rng.below(small.len())],
+        };
+        let pair = rng.below(parts.pairs.len());
+        let tensor = rng.below(parts.tensors.len());
+        let other = rng.below(parts.tensors.len());
+        match rng.below(9) {
+            0 | 1 => {
+                let numbers: Vec<usize> = (0..parts.pairs.len()).filter(|&i| parts.pairs[i].ty == ty::U32).collect();
+                parts.pairs[numbers[rng.below(numbers.len())]].value = (number as u32).to_le_bytes().into();
+            }
+            2 => drop(parts.pairs.remove(pair)),
+            3 => {
+                let value = &mut parts.pairs[pair].value;
+                let at = rng.below(value.len());
+                value[at] = rng.next() as u8;
+            }
+            4 => drop(parts.tensors.remove(tensor)),
+            5 => {
+                let dims = &mut parts.tensors[tensor].dims;
+                let at = rng.below(dims.len());
+                dims[at] = number;
+            }
+            6 => parts.tensors[tensor].type_id = number as u32,
+            7 => {
+                let name = std::mem::take(&mut parts.tensors[tensor].name);
+                parts.tensors[tensor].name = std::mem::replace(&mut parts.tensors[other].name, name);
+            }
+            _ => {
+                let data = &mut parts.tensors[tensor].data;
+                let at = rng.below(data.len());
+                data[at..].iter_mut().take(40).for_each(|byte| *byte = rng.next() as u8);
+            }
+        }
+        if parts.pairs.is_empty() || parts.tensors.is_empty() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn random_damage_to_models_never_panics() {
+    let bases = [base(), experts()];
+    let whole = bases.each_ref().map(Parts::bytes_and_fields);
+    bases.iter().for_each(|parts| use_model(parts.bytes()).unwrap());
+    let (mut runs, mut worked) = (0_u64, 0_u64);
+    let end = Instant::now() + damage::time();
+    while Instant::now() < end {
+        let mut rng = Rng(runs);
+        let which = rng.below(bases.len());
+        let bytes = match rng.below(3) {
+            0 => {
+                let (bytes, fields) = &whole[which];
+                let mut bytes = bytes.clone();
+                if rng.below(2) == 0 {
+                    put(&mut bytes, fields[rng.below(fields.len())], EXTREMES[rng.below(EXTREMES.len())]);
+                } else {
+                    injure(&mut bytes, fields, &mut rng);
+                }
+                bytes
+            }
+            _ => {
+                let mut parts = bases[which].clone();
+                contradict(&mut parts, &mut rng);
+                parts.bytes()
+            }
+        };
+        match std::panic::catch_unwind(|| use_model(bytes)) {
+            Ok(Ok(())) => worked += 1,
+            Ok(Err(e)) => {
+                let line = e.to_string();
+                assert!(line.starts_with("x.gguf: ") && !line.chars().any(char::is_control), "seed {runs}: {line}");
+            }
+            Err(panic) => {
+                println!("seed {runs}");
+                std::panic::resume_unwind(panic);
+            }
+        }
+        runs += 1;
+    }
+    println!("{runs} models, {worked} worked");
+    assert!(worked > 0 && worked < runs);
 }
 
 #[test]

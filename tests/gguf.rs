@@ -5,8 +5,9 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use common::damage::{self, EXTREMES, Rng, injure, put};
 use common::{golden, raw_gguf};
 use gemrun::gguf::write::Writer;
 use gemrun::gguf::{Gguf, Type, Value};
@@ -235,29 +236,6 @@ fn every_change_of_one_byte_of_the_header_is_refused_or_harmless() {
     assert!(accepted > 0 && accepted < header * 256 / 3);
 }
 
-const EXTREMES: [u64; 16] = [
-    0,
-    1,
-    2,
-    0x7f,
-    0xff,
-    0xffff,
-    0x7fff_ffff,
-    0x8000_0000,
-    0xffff_ffff,
-    1 << 32,
-    1 << 61,
-    1 << 62,
-    (1 << 63) - 64,
-    1 << 63,
-    u64::MAX - 39,
-    u64::MAX,
-];
-
-fn put(bytes: &mut [u8], field: raw_gguf::Field, value: u64) {
-    bytes[field.at..field.at + field.width].copy_from_slice(&value.to_le_bytes()[..field.width]);
-}
-
 #[test]
 fn extreme_values_in_any_two_integers_are_refused_or_harmless() {
     let (bytes, fields) = small().bytes_and_fields();
@@ -277,60 +255,11 @@ fn extreme_values_in_any_two_integers_are_refused_or_harmless() {
     }
 }
 
-/// SplitMix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
-
-/// One to six random injuries.
-fn injure(bytes: &mut Vec<u8>, fields: &[raw_gguf::Field], rng: &mut Rng) {
-    for _ in 0..=rng.below(6) {
-        let at = rng.below(bytes.len());
-        let len = rng.below(40).min(bytes.len() - at);
-        match rng.below(7) {
-            0 => bytes[at] ^= 1 << rng.below(8),
-            1 => bytes[at] = rng.next() as u8,
-            2 => drop(bytes.drain(at..at + len)),
-            3 => {
-                let copy = bytes[at..at + len].to_vec();
-                let to = rng.below(bytes.len());
-                bytes.splice(to..to, copy);
-            }
-            4 => bytes.truncate(at.max(1)),
-            // Deletions and insertions move the fields: then these hit something else, which is as good.
-            kind => {
-                let field = fields[rng.below(fields.len())];
-                if field.at + field.width <= bytes.len() {
-                    let old = &bytes[field.at..field.at + field.width];
-                    let old = old.iter().rev().fold(0_u64, |n, &b| n << 8 | u64::from(b));
-                    let near = old.wrapping_add(rng.below(9) as u64).wrapping_sub(4);
-                    put(bytes, field, if kind == 5 { EXTREMES[rng.below(EXTREMES.len())] } else { near });
-                }
-            }
-        }
-        if bytes.is_empty() {
-            bytes.push(b'G');
-        }
-    }
-}
-
 #[test]
 fn random_damage_is_refused_or_harmless() {
-    let seconds = std::env::var("GEMRUN_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
     let (bytes, fields) = small().bytes_and_fields();
     let (mut runs, mut accepted) = (0_u64, 0_u64);
-    let end = Instant::now() + Duration::from_secs(seconds);
+    let end = Instant::now() + damage::time();
     while Instant::now() < end {
         for _ in 0..256 {
             let mut damaged = bytes.clone();

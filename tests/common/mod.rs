@@ -3,6 +3,7 @@
 // Each test program uses its own part of this module.
 #![allow(dead_code)]
 
+pub mod damage;
 pub mod golden;
 pub mod npy;
 pub mod raw_gguf;
