@@ -26,6 +26,7 @@ use gemrun::tokenizer::Tokenizer;
 use oracle::synth::{self, Experts, Spec};
 use raw::File as Parts;
 
+const USAGE: i32 = 2;
 const INVALID: i32 = 5;
 const UNSUPPORTED: i32 = 6;
 
@@ -85,6 +86,7 @@ struct Outcome {
 }
 
 /// Runs `gemrun` and measures it; it is killed after 20 s.
+#[allow(clippy::zombie_processes, reason = "`ended` waits for it")]
 fn gemrun(dir: &Path, args: &[&str]) -> Outcome {
     let (out, err) = (dir.join("stdout"), dir.join("stderr"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_gemrun"));
@@ -891,7 +893,6 @@ fn hostile_templates_are_refused() {
     bad("an unknown function", "{{ explode() }}");
     bad("a wild index", "{{ messages[999999999999999999].content.x.y }}");
     bad("an index of a number", "{{ (1).x.y.z[0] }}");
-    bad("raise_exception", "{{ raise_exception('no \x1b[31m thanks') }}");
     bad("an endless range", "{% for i in range(1000000000) %}{% endfor %}");
     bad(
         "nested loops",
@@ -918,10 +919,6 @@ fn hostile_templates_are_refused() {
     bad("deep parentheses", &format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000)));
     bad("deep lists", &format!("{{{{ {}1{} }}}}", "[".repeat(100_000), "]".repeat(100_000)));
     bad("deep blocks", &format!("{}{}", "{% if true %}".repeat(50_000), "{% endif %}".repeat(50_000)));
-    bad("a long chain of operators", &format!("{{{{ 1{} }}}}", "+1".repeat(400_000)));
-    bad("a long chain of negations", &format!("{{{{ {}1 }}}}", "not ".repeat(200_000)));
-    bad("a long chain of minus signs", &format!("{{{{ {}1 }}}}", "-".repeat(200_000)));
-    bad("a long chain of filters", &format!("{{{{ 'a'{} }}}}", "|upper".repeat(100_000)));
     bad("an include", "{% include '/etc/passwd' %}");
     bad("an import", "{% import 'x' as y %}");
     bad("padding by a filter", "{{ 'x'|center(9999999999) }}");
@@ -931,6 +928,10 @@ fn hostile_templates_are_refused() {
     bad("a method that repeats", "{{ ('x' * 100000).replace('x', 'y' * 100000) }}");
     bad("a method that pads", "{{ 'x'.ljust(9999999999) }}");
     bad("more than a mebibyte of source", &"x".repeat((1 << 20) + 1));
+    // What the template says about the messages is the request's fault.
+    cases.parts("raise_exception", USAGE, &["chat_template", "no \\u{1b}[31m thanks"], |f| {
+        f.set_str("tokenizer.chat_template", "{{ raise_exception('no \x1b[31m thanks') }}")
+    });
     cases.parts("a template that is no text", INVALID, &["chat_template"], |f| f.set_u32("tokenizer.chat_template", 1));
     cases.parts("a template that is not UTF-8", INVALID, &["chat_template"], |f| {
         f.set_str("tokenizer.chat_template", b"{{ \xff }}")
@@ -1031,10 +1032,26 @@ fn unusual_files_work() {
     let mut bytes = base().bytes();
     bytes.extend([0xaa; 5000]);
     failures.extend(works("bytes after the data", &bytes, &[show, run]));
-    let mut only_metadata = base();
-    only_metadata.tensors.clear();
-    failures.extend(works("metadata and no tensors", &only_metadata.bytes(), &[show]));
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn what_cannot_be_run_is_shown_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut only_vocabulary = base();
+    only_vocabulary.tensors.clear();
+    let mut unsupported = base();
+    unsupported.set_str("general.architecture", "llama");
+    for (parts, code, words) in
+        [(only_vocabulary, INVALID, "token_embd.weight"), (unsupported, UNSUPPORTED, "llama is not supported")]
+    {
+        fs::write(dir.path().join("bad.gguf"), parts.bytes()).unwrap();
+        let outcome = gemrun(dir.path(), &["show", "bad.gguf", "--json"]);
+        outcome.refused(code, &["bad.gguf", words]).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&outcome.stdout).unwrap();
+        assert_eq!(json["tensors"].as_array().unwrap().len(), parts.tensors.len());
+        gemrun(dir.path(), &["tokenize", "bad.gguf", "the"]).works().unwrap();
+    }
 }
 
 #[test]
@@ -1049,7 +1066,11 @@ fn a_model_that_computes_nonsense_says_so() {
         .for_each(|block| block[..2].copy_from_slice(&[0, 0x7e]));
     fs::write(dir.path().join("bad.gguf"), parts.bytes()).unwrap();
     show(dir.path()).works().unwrap();
-    run(dir.path()).refused(INVALID, &["bad.gguf", "non-finite"]).unwrap();
+    let check = gemrun(dir.path(), &["show", "bad.gguf", "--check-data"]);
+    check.refused(INVALID, &["bad.gguf", "tensor blk.1.ffn_down.weight", "row 0", "not finite"]).unwrap();
+    for command in [run, chat] {
+        command(dir.path()).refused(INVALID, &["bad.gguf", "non-finite logits at position"]).unwrap();
+    }
 }
 
 #[test]

@@ -171,17 +171,27 @@ pub struct Times {
     pub load: Duration,
 }
 
-/// Opens and loads `model`. The tokenizer is built on another thread while the tensors are looked up.
+/// Opens and loads `model`.
 pub fn load(model: &OsStr, numerics: &Numerics) -> Result<Loaded> {
     let start = Instant::now();
     let gguf = gguf(model)?;
     let map = start.elapsed();
+    let (model, tokenizer) = parts(&gguf, numerics)?;
+    Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
+}
+
+/// Why [`load`] would refuse this file, if it would.
+pub fn check(gguf: &Gguf) -> Result<()> {
+    parts(gguf, &Numerics::default()).map(drop)
+}
+
+/// Model and tokenizer of a file. The tokenizer is built on another thread while the tensors are looked up.
+fn parts(gguf: &Gguf, numerics: &Numerics) -> Result<(Model, Tokenizer)> {
     let (model, tokenizer) = std::thread::scope(|scope| {
-        let tokenizer = scope.spawn(|| tokenizer(&gguf));
-        let model = Model::load(&gguf, numerics);
+        let tokenizer = scope.spawn(|| tokenizer(gguf));
+        let model = Model::load(gguf, numerics);
         (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     // Of two errors the one about the model says more.
-    let (model, tokenizer) = (model?, tokenizer?);
-    Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
+    Ok((model?, tokenizer?))
 }

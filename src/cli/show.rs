@@ -1,19 +1,17 @@
 //! `gemrun show`: what a file holds, for people or as JSON.
 //!
-//! Any valid GGUF can be looked at, also one that cannot be run; a Gemma 4 file whose tensors contradict its
-//! hyper-parameters is refused as it would be by `run`.
+//! Any file with a sound header and tensor table can be looked at, also one that cannot be run. What it holds is
+//! printed first; then tokenizer and model are loaded as `run` would load them, and where that fails the command ends
+//! with the same error and exit code. So a file that `show` accepts is one that runs.
 
 use std::ffi::OsString;
 use std::io::Write;
 
 use clap::Args;
-use gemrun::config::ARCHITECTURE;
+use gemrun::Error;
 use gemrun::error::printable;
 use gemrun::gguf::{Gguf, Tensor, Value};
-use gemrun::model::Model;
 use gemrun::sample::all_finite;
-use gemrun::weight::Numerics;
-use gemrun::{Error, Kind};
 use gemrun_simd::Format;
 use serde_json::{Map, json};
 
@@ -26,7 +24,8 @@ use super::{Result, open, terminal};
     gemrun show ./model.gguf --tensors\n  \
     gemrun show e2b --json | jq .metadata\n\n\
     Shapes are in the file's order, fastest dimension first. Offsets count from the start of the tensor \
-    data. In JSON, arrays of more than 64 entries are given by type, length and first entries.")]
+    data. In JSON, arrays of more than 64 entries are given by type, length and first entries.\n\n\
+    A file that cannot be run is shown too; then an error says why, and the exit code is that of run.")]
 pub struct Show {
     /// Model name or path of a GGUF file
     model: OsString,
@@ -55,17 +54,6 @@ impl Show {
     pub fn run(self) -> Result {
         let gguf = open::gguf(&self.model)?;
         let summary = Summary::of(&gguf);
-        if summary.architecture.as_deref() == Some(ARCHITECTURE) && !gguf.tensors().is_empty() {
-            match Model::load(&gguf, &Numerics::default()) {
-                Err(error) if error.kind() == Kind::Unsupported => {
-                    terminal::eprintln_quietly(format_args!("note: this file cannot be run: {error}"));
-                }
-                checked => drop(checked?),
-            }
-        }
-        if self.check_data {
-            check_data(&gguf)?;
-        }
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         if self.json {
             let text = serde_json::to_string_pretty(&summary.json(&gguf)).map_err(std::io::Error::from)?;
@@ -79,7 +67,13 @@ impl Show {
                 print_tensors(&gguf, &mut out)?;
             }
         }
-        Ok(out.flush()?)
+        out.flush()?;
+        drop(out);
+        open::check(&gguf)?;
+        if self.check_data {
+            check_data(&gguf)?;
+        }
+        Ok(())
     }
 }
 
