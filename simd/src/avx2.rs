@@ -4,11 +4,10 @@
 //! vector of eight, so the canonical order (one f32 accumulator for each row, groups in order) costs
 //! nothing. Two paths give the same bits:
 //!
-//! *Few tokens*: eight rows are read where they lie. Q4_0, Q8_0 and Q6_K have their own loops, every
-//! other format decodes group by group.
+//! *Few tokens* of Q4_0, Q8_0 and Q6_K, the formats of Google's files: eight rows are read where they lie.
 //!
-//! *Many tokens*: eight rows of up to 1024 weights are unpacked once into a [`Panel`] and multiplied by all
-//! tokens, four at a time. A group of 32 weights lies there as 8 vectors, four weights of each row together:
+//! *Many tokens*, and every other format: eight rows of up to 1024 weights are unpacked once into a [`Panel`]
+//! and multiplied by all tokens, four at a time. A group of 32 weights lies there as 8 vectors, four weights of each row together:
 //!
 //! ```text
 //! vector v:  row 0: k = 4v..4v+4 | row 1: k = 4v..4v+4 | ... | row 7: k = 4v..4v+4      (32 bytes)
@@ -34,7 +33,7 @@ use crate::{Acts, Format, Isa, Kernel, Layout, Tile};
 /// Rows in lanes.
 const ROWS: usize = 8;
 
-/// From this many tokens on, unpacking weights into a panel pays.
+/// From this many tokens on, unpacking weights into a panel pays also for formats with a loop of their own.
 const MANY: usize = 6;
 
 /// The AVX2 kernel of a block format.
@@ -66,18 +65,18 @@ fn matmul<B: Block>(w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     if w.is_empty() {
         return;
     }
+    let own_loop = matches!(B::FORMAT, Format::Q4_0 | Format::Q8_0 | Format::Q6K);
     let mut panel = Panel::new();
     for (r, w) in w.chunks(ROWS * row_bytes).enumerate() {
         let n = w.len() / row_bytes;
         let lanes = r * ROWS..r * ROWS + n;
-        if x.tokens < MANY {
+        if own_loop && x.tokens < MANY {
             for t in 0..x.tokens {
                 let token = Token::of(x, t);
                 let acc = match B::FORMAT {
                     Format::Q4_0 => eight_q4_0(&Eight::new(w, row_bytes), &token),
                     Format::Q8_0 => eight_q8_0(&Eight::new(w, row_bytes), &token),
-                    Format::Q6K => eight_q6_k(&Eight::new(w, row_bytes), &token),
-                    _ => eight_groups::<B>(w, row_bytes, &token),
+                    _ => eight_q6_k(&Eight::new(w, row_bytes), &token),
                 };
                 out.row(t)[lanes.clone()].copy_from_slice(&floats(acc)[..n]);
             }
@@ -356,44 +355,6 @@ fn eight_q6_k(rows: &Eight<210>, x: &Token) -> __m256 {
     acc
 }
 
-/// Any block format, a row at a time in each lane.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn eight_groups<B: Block>(w: &[u8], row_bytes: usize, x: &Token) -> __m256 {
-    let mut acc = _mm256_setzero_ps();
-    let rows = w.len() / row_bytes;
-    for (k, ((a, da), sums)) in x.groups(x.a.len()).enumerate() {
-        let a = load_i8(a);
-        let mut part = [_mm256_setzero_si256(); ROWS];
-        let mut scales = ScaleLanes::new();
-        for i in 0..rows {
-            let (block, g) = group_of::<B>(&w[i * row_bytes..][..row_bytes], k);
-            let q = stored::<B>(block, g);
-            let products = if run::<B>() > 0 { _mm256_maddubs_epi16(q, a) } else { signed_products(q, a) };
-            let s = scales.set::<B>(i, block, g);
-            let scale = _mm256_set_m128i(_mm_set1_epi16(s[1]), _mm_set1_epi16(s[0]));
-            part[i] = _mm256_madd_epi16(products, scale);
-        }
-        let mut isum = sums_of(&part);
-        if run::<B>() > 0 && B::BIAS > 0 {
-            let biased = _mm256_mullo_epi16(load_i16(&scales.s), _mm256_set1_epi16(B::BIAS as i16));
-            isum = _mm256_sub_epi32(isum, _mm256_madd_epi16(biased, pair(sums)));
-        }
-        acc = accumulate(acc, isum, load_f32(&scales.d), *da);
-        if B::MINIMA {
-            let msum = _mm256_madd_epi16(load_i16(&scales.m), pair(sums));
-            acc = subtract_minima(acc, msum, load_f32(&scales.dmin), *da);
-        }
-    }
-    acc
-}
-
-/// The block of a row that holds its group `k`, and which of the block's groups that is.
-#[inline(always)]
-fn group_of<B: Block>(row: &[u8], k: usize) -> (&[u8], usize) {
-    let per_block = B::FORMAT.block_elems() / 32;
-    (&row[k / per_block * B::FORMAT.block_bytes()..][..B::FORMAT.block_bytes()], k % per_block)
-}
-
 /// All but the weights of one group of eight rows, in lanes.
 #[derive(Clone, Copy)]
 struct ScaleLanes {
@@ -410,20 +371,18 @@ impl ScaleLanes {
         ScaleLanes { s: [0; 16], m: [0; 16], d: [0.0; ROWS], dmin: [0.0; ROWS] }
     }
 
-    /// Puts a group into lane `i`; returns its scales.
+    /// Puts a group into lane `i`.
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
-    fn set<B: Block>(&mut self, i: usize, block: &[u8], g: usize) -> [i16; 2] {
+    fn set<B: Block>(&mut self, i: usize, block: &[u8], g: usize) {
         let w = B::scales(block, g, |h| _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h as i32))));
-        let s = [w.s[0] as i16, w.s[1] as i16];
-        (self.s[2 * i], self.s[2 * i + 1]) = (s[0], s[1]);
+        (self.s[2 * i], self.s[2 * i + 1]) = (w.s[0] as i16, w.s[1] as i16);
         (self.m[2 * i], self.m[2 * i + 1]) = (w.m[0] as i16, w.m[1] as i16);
         (self.d[i], self.dmin[i]) = (w.d, w.dmin);
-        s
     }
 }
 
-/// The weights of a group as the many-token path stores them: q + BIAS where `run` is positive, else q.
+/// The weights of a group as a panel holds them: q + BIAS where `run` is positive, else q.
 /// `Block::weights` serves formats without a line of their own.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -499,7 +458,7 @@ fn look_up(table: &[i8; 16], indices: __m256i) -> __m256i {
     _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), indices)
 }
 
-// Many tokens: eight rows unpacked once.
+// Many tokens, and every other format: eight rows unpacked once.
 
 /// Groups of a panel: 1024 weights of each row, 8 KB, well within the first-level cache.
 const CHUNK: usize = 32;
@@ -561,17 +520,34 @@ impl Panel {
         }
     }
 
-    /// Unpacks groups `from..from + n` of the rows. Lanes without a row keep what they had.
+    /// Unpacks groups `from..from + n` of the rows, whole blocks. Lanes without a row keep what they had.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn unpack<B: Block>(&mut self, w: &[u8], row_bytes: usize, from: usize, n: usize) {
-        for (k, (vectors, scales)) in self.q.iter_mut().zip(&mut self.scales).take(n).enumerate() {
-            let mut q = [_mm256_setzero_si256(); ROWS];
-            for (i, row) in w.chunks_exact(row_bytes).enumerate() {
-                let (block, g) = group_of::<B>(row, from + k);
-                q[i] = stored::<B>(block, g);
-                scales.set::<B>(i, block, g);
+        let per_block = const { B::FORMAT.block_elems() / 32 };
+        let block_bytes = const { B::FORMAT.block_bytes() };
+        let (q, scales) = (&mut self.q[..n], &mut self.scales[..n]);
+        for (i, row) in w.chunks_exact(row_bytes).enumerate() {
+            let blocks = row[from / per_block * block_bytes..].chunks_exact(block_bytes);
+            let groups = q.chunks_exact_mut(per_block).zip(scales.chunks_exact_mut(per_block));
+            for (block, (q, scales)) in blocks.zip(groups) {
+                for g in 0..per_block {
+                    store32(&mut q[g][i], stored::<B>(block, g));
+                    scales[g].set::<B>(i, block, g);
+                }
             }
-            for (out, v) in vectors.iter_mut().zip(transpose(q)) {
+        }
+        for q in q {
+            let rows = [
+                load32(&q[0]),
+                load32(&q[1]),
+                load32(&q[2]),
+                load32(&q[3]),
+                load32(&q[4]),
+                load32(&q[5]),
+                load32(&q[6]),
+                load32(&q[7]),
+            ];
+            for (out, v) in q.iter_mut().zip(transpose(rows)) {
                 store32(out, v);
             }
         }
