@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::channel::{self, Channel};
 use crate::forward::{State, Want, forward};
 use crate::gguf::Gguf;
 use crate::kv::KvType;
@@ -57,6 +58,23 @@ pub enum Event<'a> {
     Answer(&'a str),
     /// More of the model's thoughts.
     Thought(&'a str),
+    /// The model wants a tool to be run.
+    ToolCall {
+        /// The tool.
+        name: &'a str,
+        /// An object.
+        arguments: &'a Value,
+    },
+}
+
+impl<'a> From<channel::Event<'a>> for Event<'a> {
+    fn from(event: channel::Event<'a>) -> Event<'a> {
+        match event {
+            channel::Event::Answer(text) => Event::Answer(text),
+            channel::Event::Thought(text) => Event::Thought(text),
+            channel::Event::ToolCall { name, arguments } => Event::ToolCall { name, arguments },
+        }
+    }
 }
 
 /// Why a reply ended.
@@ -307,7 +325,8 @@ impl<'m> Session<'m> {
         let messages: Vec<Value> = system.chain(self.messages.iter().cloned()).collect();
         let options = template::Options { enable_thinking: self.options.think, ..Default::default() };
         let tokens = template.encode(self.tokenizer, &messages, &[], options)?;
-        Ok((tokens, Output::raw()))
+        let channel = Channel::after(self.tokenizer, &tokens);
+        Ok((tokens, Output::Channel(channel)))
     }
 
     /// Brings the cache to `prompt`, then generates.
@@ -398,6 +417,8 @@ impl<'m> Session<'m> {
 enum Output {
     /// As they are, markers included.
     Raw(Decoder),
+    /// Thoughts, calls and the answer told apart.
+    Channel(Channel),
 }
 
 impl Output {
@@ -412,6 +433,7 @@ impl Output {
                 let text = decoder.push(tokenizer, token);
                 !text.is_empty() && emit(Event::Answer(&text))
             }
+            Output::Channel(channel) => channel.push(tokenizer, token, &mut |event| emit(event.into())),
         }
     }
 
@@ -423,6 +445,9 @@ impl Output {
                 if !text.is_empty() {
                     emit(Event::Answer(&text));
                 }
+            }
+            Output::Channel(channel) => {
+                channel.finish(&mut |event| emit(event.into()));
             }
         }
     }

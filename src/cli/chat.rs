@@ -11,7 +11,7 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
-use super::run::{Talk, Wait, history_file, reset};
+use super::run::{Talk, Wait, history_file, reset, tool_call};
 use super::terminal::{Shown, Style, eprintln_quietly};
 use super::{End, Result};
 
@@ -218,6 +218,7 @@ enum Part {
     Thought,
     HiddenThought,
     Answer,
+    ToolCall,
 }
 
 impl Screen {
@@ -245,6 +246,11 @@ impl Screen {
             Event::Answer(text) => {
                 self.enter(Part::Answer)?;
                 self.show(&self.shown.text(text), text)?;
+            }
+            Event::ToolCall { name, arguments } => {
+                self.enter(Part::ToolCall)?;
+                let line = format!("{}\n", tool_call(name, arguments));
+                self.show(&self.shown.text(&line), &line)?;
             }
         }
         self.out.flush()

@@ -248,6 +248,7 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
     let style = Style::stderr();
     let show_thoughts = !talk.hide_thinking && std::io::stderr().is_terminal();
     let mut thinking = false;
+    let mut before: Option<bool> = None; // was what was printed last a tool call?
     let mut wait = Wait::new();
     let mut written = Ok(());
     let mut on = |event: Event| {
@@ -259,11 +260,19 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
                 thinking = true;
             }
             Event::Thought(_) => {}
-            Event::Answer(answer) => {
+            Event::Answer(_) | Event::ToolCall { .. } => {
                 if std::mem::take(&mut thinking) {
                     eprintln_quietly(format_args!("\n"));
                 }
-                written = out.write_all(shown.text(answer).as_bytes()).and_then(|()| out.flush());
+                let (text, call) = match event {
+                    Event::ToolCall { name, arguments } => (tool_call(name, arguments), true),
+                    Event::Answer(answer) => (answer.to_string(), false),
+                    Event::Prompt { .. } | Event::Thought(_) => return ControlFlow::Continue(()),
+                };
+                // A call has a line to itself.
+                let gap = if before.is_some_and(|before_call| call || before_call) { "\n" } else { "" };
+                before = Some(call);
+                written = write!(out, "{gap}{}", shown.text(&text)).and_then(|()| out.flush());
             }
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -288,6 +297,11 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         }
         session::End::Stop | session::End::Length => Ok(()),
     }
+}
+
+/// A tool call as one line of JSON.
+pub fn tool_call(name: &str, arguments: &serde_json::Value) -> String {
+    json!({ "tool_call": { "name": name, "arguments": arguments } }).to_string()
 }
 
 /// `text` as a terminal may get it, whatever standard output is.
