@@ -321,7 +321,12 @@ fn f16_at(block: &[u8], at: usize, half: impl Fn(u16) -> f32) -> f32 {
 #[inline(always)]
 fn nibbles(b: &[u8]) -> [u8; 32] {
     let b: &[u8; 16] = b[..16].try_into().expect("16 bytes");
-    each(|i| if i < 16 { b[i] & 15 } else { b[i - 16] >> 4 })
+    let mut out = [0; 32];
+    let (low, high) = out.split_at_mut(16);
+    for ((low, high), b) in low.iter_mut().zip(high).zip(b) {
+        (*low, *high) = (b & 15, b >> 4);
+    }
+    out
 }
 
 /// f16 d; 16 bytes of nibbles. Weight (q − 8)·d.
@@ -642,13 +647,12 @@ impl Block for Tq1_0 {
     #[inline(always)]
     fn weights(block: &[u8], g: usize) -> [i8; 32] {
         let b = fixed::<54>(block);
-        each(|i| {
-            let e = 32 * g + i;
-            match e {
-                0..160 => trit(b[e % 32], e / 32),
-                160..240 => trit(b[32 + e % 16], (e - 160) / 16),
-                _ => trit(b[48 + e % 4], (e - 240) / 4),
-            }
+        if g < 5 {
+            return each(|i| trit(b[i], g));
+        }
+        each(|i| match 2 * (g - 5) + i / 16 {
+            n @ 0..5 => trit(b[32 + i % 16], n),
+            _ => trit(b[48 + i % 4], i % 16 / 4),
         })
     }
     #[inline(always)]
