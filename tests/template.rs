@@ -400,17 +400,30 @@ fn hostile(source: &str) -> (String, Duration) {
 
 #[test]
 fn hostile_templates_cost_one_line() {
-    let nested_if = "{% if x %}".repeat(60_000);
+    let nested_if = "{% if x %}".repeat(26_000);
     let nested_parens = format!("{{{{ {}1{} }}}}", "(".repeat(60_000), ")".repeat(60_000));
     let nested_lists = format!("{{{{ {}1{} }}}}", "[".repeat(60_000), "]".repeat(60_000));
-    let nested_not = format!("{{{{ {} true }}}}", "not ".repeat(60_000));
-    let nested_minus = format!("{{{{ {}1 }}}}", "-".repeat(60_000));
-    let nested_calls = format!("{{{{ {}1{} }}}}", "range(".repeat(60_000), ")".repeat(60_000));
-    let long_chain = format!("{{% set x = messages{} %}}{{{{ raise_exception('end') }}}}", "[0]".repeat(60_000));
-    let long_filters = format!("{{% set x = 'a'{} %}}{{{{ raise_exception('end') }}}}", "|upper".repeat(60_000));
-    let long_sum = format!("{{% set x = y{} %}}{{{{ raise_exception('end') }}}}", "~ y".repeat(60_000));
+    // As long as a source may be.
+    let longest = |before: &str, unit: &str, after: &str| {
+        let end = "{{ raise_exception('end') }}";
+        let times = ((256 << 10) - before.len() - after.len() - end.len()) / unit.len();
+        format!("{before}{}{after}{end}", unit.repeat(times))
+    };
+    let nested_not = longest("{% set x = ", "not ", "true %}");
+    let nested_minus = longest("{% set x = ", "-", "1 %}");
+    let nested_minus_name = longest("{% set x = ", "-", "loop_messages %}");
+    let nested_calls = format!("{{{{ {}1{} }}}}", "range(".repeat(30_000), ")".repeat(30_000));
+    let long_items = longest("{% set x = messages", "[0]", " %}");
+    let long_attributes = longest("{% set x = messages", ".a", " %}");
+    let long_filters = longest("{% set x = 'a'", "|upper", " %}");
+    let long_sum = longest("{% set x = y", "~y", " %}");
+    let long_const_sum = longest("{% set x = 1", "+1", " %}");
+    let long_or = longest("{% set x = y", " or y", " %}");
+    let long_if_else = longest("{% if x %}", "{% elif x %}", "{% endif %}");
+    let deep = |unit: &str| format!("{{% set x = {}1 %}}{{{{ raise_exception('end') }}}}", unit.repeat(1000));
+    let long_compare = longest("{% set x = 1", "<1", " %}");
     let long_raw =
-        format!("{{% for i in range(100000) %}}{{% set x %}}{}{{% endset %}}{{% endfor %}}", "r".repeat(900_000));
+        format!("{{% for i in range(100000) %}}{{% set x %}}{}{{% endset %}}{{% endfor %}}", "r".repeat(200_000));
     let double = |op: &str| {
         format!(
             "{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}{{% set n.x = {op} %}}{{% endfor %}}{{{{ n.x }}}}"
@@ -451,14 +464,24 @@ fn hostile_templates_cost_one_line() {
         ("{% set n = namespace() %}{% set n.x = n %}{{ n == n }}{% set m = namespace(x=n) %}{{ m | tojson }}".into(), "5: t: line 1: "),
         ("{% for i in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}".into(), "5: t: line 1: "),
         (nested_if, "5: t: line 1: "),
-        (nested_parens, "5: t: line 1: "),
-        (nested_lists, "5: t: line 1: "),
-        (nested_not, "5: t: line 1: "),
-        (nested_minus, "5: t: line 1: "),
-        (nested_calls, "5: t: line 1: "),
-        (long_chain, ""),
-        (long_filters, ""),
-        (long_sum, ""),
+        (nested_parens, "5: t: line 1: has too long an expression"),
+        (nested_lists, "5: t: line 1: has too long an expression"),
+        (nested_not, "5: t: line 1: has too long an expression"),
+        (nested_minus, "5: t: line 1: has too long an expression"),
+        (nested_minus_name, "5: t: line 1: has too long an expression"),
+        (nested_calls, "5: t: line 1: has too long an expression"),
+        (deep("-"), "2: t: refuses the messages: end"),
+        (deep("not "), "2: t: refuses the messages: end"),
+        (deep("1+"), "2: t: refuses the messages: end"),
+        (deep("y or "), "2: t: refuses the messages: end"),
+        (long_items, "5: t: line 1: has too long an expression"),
+        (long_attributes, "5: t: line 1: has too long an expression"),
+        (long_filters, "5: t: line 1: has too long an expression"),
+        (long_sum, "5: t: line 1: has too long an expression"),
+        (long_const_sum, "5: t: line 1: has too long an expression"),
+        (long_or, "5: t: line 1: has too long an expression"),
+        (long_if_else, ""),
+        (long_compare, "5: t: line 1: has too long an expression"),
         ("{{ messages".into(), "5: t: line 1: "),
         ("\n\n{% if".into(), "5: t: line 3: "),
         ("{% include 'x' %}".into(), "5: t: line 1: "),
@@ -470,7 +493,7 @@ fn hostile_templates_cost_one_line() {
         ("{{ nothing.at.all }}".into(), "5: t: line 1: "),
         ("{{ '\x1b[2J' + 1 }}".into(), "5: t: line 1: "),
         ("{% raw %}".into(), "5: t: "),
-        ("x".repeat((1 << 20) + 1), "5: t: has 1048577 bytes: expected at most 1048576"),
+        ("x".repeat((256 << 10) + 1), "5: t: has 262145 bytes: expected at most 262144"),
     ];
     for (source, expected) in cases {
         let (found, took) = hostile(&source);

@@ -24,6 +24,8 @@ use minijinja_contrib::pycompat;
 const CALL_DEPTH: usize = 32;
 /// Lists in lists in lists. Values are freed recursively, so this bounds the stack.
 const NESTING: usize = 64;
+/// Words and signs between two braces.
+const TAG_TOKENS: usize = 2048;
 /// Bytes of text that weigh as much as one list element or map entry.
 const BYTES_PER_UNIT: usize = 64;
 
@@ -88,7 +90,7 @@ type Blocks<'s> = std::collections::BTreeMap<&'s str, Instructions<'s>>;
 /// Parses, compiles and puts the meter in.
 fn compile(source: &str) -> Result<(Instructions<'_>, Blocks<'_>), Failure> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failure(&e))?;
-    refuse_repeated_constants(source, &syntax)?;
+    refuse_excess(source, &syntax)?;
     let tree = parse(source, NAME, syntax).map_err(|e| failure(&e))?;
     let mut generator = CodeGenerator::new(NAME, source);
     generator.compile_stmt(&tree);
@@ -99,8 +101,10 @@ fn compile(source: &str) -> Result<(Instructions<'_>, Blocks<'_>), Failure> {
 
 const NAME: &str = "chat template";
 
-/// The compiler computes constants, so `'a' * 100000000` is a hundred megabytes before anything is metered.
-fn refuse_repeated_constants(source: &str, syntax: &SyntaxConfig) -> Result<(), Failure> {
+/// What would cost too much before anything is metered: the compiler computes constants, so `'a' * 100000000` is a
+/// hundred megabytes, and it looks for them again at each level of an expression, so a long one takes the square of
+/// its length.
+fn refuse_excess(source: &str, syntax: &SyntaxConfig) -> Result<(), Failure> {
     let literal = |token: Option<&Token<'_>>| {
         use Token::{BraceClose, BraceOpen, BracketClose, BracketOpen, ParenClose, ParenOpen, Str, String};
         matches!(
@@ -110,8 +114,13 @@ fn refuse_repeated_constants(source: &str, syntax: &SyntaxConfig) -> Result<(), 
     };
     let mut before = None;
     let mut after_star = false;
+    let mut length = 0;
     for token in tokenize(source, false, syntax.clone()) {
         let Ok((token, span)) = token else { break }; // the parser says it better
+        length = if matches!(token, Token::VariableStart | Token::BlockStart) { 0 } else { length + 1 };
+        if length > TAG_TOKENS {
+            return Err(Failure::Broken("has too long an expression".into(), Some(span.start_line.into())));
+        }
         if literal(Some(&token)) && after_star || matches!(token, Token::Mul) && literal(before.as_ref()) {
             return Err(Failure::Broken(
                 "multiplies something other than numbers".into(),
@@ -295,9 +304,9 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
 
     let own = meter.clone();
     env.set_formatter(move |out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value| {
+        own.weigh(value)?; // also finds values that contain themselves
         let text = python_text(value);
         let text = value.as_str().unwrap_or(&text);
-        own.pay(1 + (text.len() / BYTES_PER_UNIT) as u64)?;
         out.write_str(text).map_err(Error::from)
     });
     let own = meter.clone();
