@@ -47,7 +47,7 @@ pub struct Options {
 /// Progress of a reply.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Event<'a> {
-    /// So many of the prompt's new tokens have been computed.
+    /// So many of the prompt's new tokens have been computed; the first event of a reply says none.
     Prompt {
         /// Tokens computed.
         done: usize,
@@ -365,6 +365,9 @@ impl<'m> Session<'m> {
             let stopped = || interrupt.load(Ordering::Relaxed);
             let prompt_start = Instant::now();
             let mut next = None;
+            if emit(Event::Prompt { done: 0, total: n - kept }) {
+                return Ok(End::Interrupted);
+            }
             for chunk in prompt[kept..].chunks(state.batch()) {
                 if stopped() {
                     return Ok(End::Interrupted);

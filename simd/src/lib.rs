@@ -229,13 +229,8 @@ pub fn find(name: &str) -> Result<Choice, String> {
             Err(format!("{name}: this CPU has no {}: expected one of {}", kernel.isa().name(), supported_isas()))
         }
         None => {
-            let names: Vec<_> = KERNELS.iter().filter(|k| k.supported()).map(|k| k.name()).collect();
-            Err(format!(
-                "{}: no such kernel: expected one of {}, {}",
-                name.escape_default(),
-                supported_isas(),
-                names.join(", ")
-            ))
+            let (name, isas) = (name.escape_default(), supported_isas());
+            Err(format!("{name}: no such kernel: expected one of {isas}, or FORMAT/ISA such as q4_0/scalar"))
         }
     }
 }

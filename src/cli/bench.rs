@@ -17,7 +17,7 @@ use gemrun::team::Team;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::open::{self, Compute, Loaded, check_threads};
+use super::open::{self, Compute, Loaded, check_threads, default_threads};
 use super::{Result, machine};
 
 /// Measure prompt and generation speed
@@ -114,7 +114,7 @@ impl Bench {
         if !(1..=1000).contains(&self.repetitions) {
             return Err(Error::usage(format!("repetitions: {}: expected 1 to 1000", self.repetitions)).into());
         }
-        let threads = if self.threads.is_empty() { vec![machine::threads()] } else { self.threads.clone() };
+        let threads = if self.threads.is_empty() { vec![default_threads()] } else { self.threads.clone() };
         threads.iter().try_for_each(|&threads| check_threads(threads).map(drop))?;
         let tests = self.tests(&threads);
         let loaded = open::load(&self.model, &numerics)?;

@@ -91,8 +91,8 @@ impl From<io::Error> for End {
 pub fn main() -> ExitCode {
     let end = match Cli::try_parse() {
         Ok(cli) => run(cli.command),
-        // Help and version come as errors too; that nobody reads them is none.
-        Err(help) if !help.use_stderr() => return help.print().map_or(ExitCode::SUCCESS, |()| ExitCode::SUCCESS),
+        // Help and version come as errors too.
+        Err(help) if !help.use_stderr() => help.print().map_err(End::from),
         Err(usage) => Err(Error::usage(one_line(&usage.render().to_string())).into()),
     };
     match end {

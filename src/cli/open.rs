@@ -27,7 +27,7 @@ pub struct Threads {
 impl Threads {
     /// The number of threads.
     pub fn count(&self) -> Result<usize> {
-        check_threads(self.threads.unwrap_or_else(|| machine::threads().min(MAX_THREADS)))
+        check_threads(self.threads.unwrap_or_else(default_threads))
     }
 }
 
@@ -126,6 +126,11 @@ impl Compute {
         };
         Ok(Numerics { act: self.act.act(), kernel })
     }
+}
+
+/// The threads used where nothing else is asked for: all this process may use.
+pub fn default_threads() -> usize {
+    machine::threads().min(MAX_THREADS)
 }
 
 /// Refuses thread counts no computer has.

@@ -6,8 +6,9 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -311,8 +312,15 @@ fn terminal_text(text: &str) -> String {
 
 /// A progress bar for prompts that take longer than people like to wait without a sign.
 pub struct Wait {
-    start: Instant,
-    bar: Option<ProgressBar>,
+    shown: Option<Shower>,
+}
+
+/// The bar, hidden at first, and the thread that shows it when patience ends.
+struct Shower {
+    bar: ProgressBar,
+    /// Dropped to end the thread.
+    done: mpsc::Sender<()>,
+    thread: JoinHandle<()>,
 }
 
 /// Shorter prompts show no bar.
@@ -320,25 +328,15 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Wait {
     pub fn new() -> Wait {
-        Wait { start: Instant::now(), bar: None }
+        Wait { shown: None }
     }
 
-    /// Shows, moves or removes the bar.
+    /// Starts waiting, moves the bar or removes it.
     pub fn on(&mut self, event: &Event) {
         match *event {
             Event::Prompt { done, total } if done < total => {
-                if self.start.elapsed() < PATIENCE {
-                    return;
-                }
-                let bar = self.bar.get_or_insert_with(|| {
-                    let style = ProgressStyle::with_template("reading the prompt {pos}/{len} {wide_bar} {eta}");
-                    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-                    let target = ProgressDrawTarget::stderr();
-                    ProgressBar::with_draw_target(Some(total as u64), target)
-                        .with_style(style)
-                        .with_elapsed(self.start.elapsed())
-                });
-                bar.set_position(done as u64);
+                let shown = self.shown.get_or_insert_with(|| Shower::new(total));
+                shown.bar.set_position(done as u64);
             }
             _ => self.done(),
         }
@@ -346,9 +344,28 @@ impl Wait {
 
     /// Removes the bar.
     pub fn done(&mut self) {
-        if let Some(bar) = self.bar.take() {
+        if let Some(Shower { bar, done, thread }) = self.shown.take() {
+            drop(done);
+            let _ = thread.join();
             bar.finish_and_clear();
         }
+    }
+}
+
+impl Shower {
+    fn new(total: usize) -> Shower {
+        let style = ProgressStyle::with_template("reading the prompt {pos}/{len} {wide_bar} {eta}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::hidden()).with_style(style);
+        let (done, waiting) = mpsc::channel();
+        let hidden = bar.clone();
+        let thread = std::thread::spawn(move || {
+            if waiting.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                hidden.set_draw_target(ProgressDrawTarget::stderr());
+                hidden.tick();
+            }
+        });
+        Shower { bar, done, thread }
     }
 }
 
