@@ -70,7 +70,11 @@ impl Template {
             None => false,
         };
         match gguf.string(KEY)? {
-            Some(source) if !source.is_empty() => Template::new(&format!("{}: key {KEY}", gguf.name()), source),
+            // `large` is for the canonical format in a file; other templates do not know it.
+            Some(source) if !source.is_empty() => {
+                let template = Template::new(&format!("{}: key {KEY}", gguf.name()), source)?;
+                Ok(Template { large: !small, ..template })
+            }
             _ => Ok(Template::canonical(!small)),
         }
     }
