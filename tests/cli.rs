@@ -108,6 +108,8 @@ fn exit_codes_and_error_lines() {
         ),
         (&["eval", "ppl", "demo", "--file", "/nonexistent"], 3, "/nonexistent: no such file or directory"),
         (&["eval", "ppl", "demo", "--file", "/dev/null"], 2, "/dev/null: empty: expected text"),
+        #[cfg(target_os = "linux")]
+        (&["eval", "ppl", "demo", "--file", "/dev/zero"], 2, "/dev/zero: too long: expected at most 256 MiB of text"),
         (&["bench", "demo", "-p", "4000"], 2, "4000 tokens with depth: expected at most 2048, the model's context"),
         (&["bench", "demo", "-r", "0"], 2, "repetitions: 0: expected 1 to 1000"),
     ];

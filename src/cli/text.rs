@@ -15,12 +15,23 @@ pub fn from_argument(name: &str, value: &OsStr) -> Result<String> {
     utf8(name, value.as_encoded_bytes().to_vec())
 }
 
+/// Bytes of a text at most: far more than the longest context holds, and `/dev/zero` comes to an end.
+const MAX_BYTES: u64 = 256 << 20;
+
 /// All of standard input.
 pub fn from_stdin() -> Result<String> {
+    read(Path::new("standard input"), std::io::stdin().lock())
+}
+
+/// All of `source`, called `name`.
+fn read(name: &Path, source: impl Read) -> Result<String> {
     let mut bytes = Vec::new();
-    let read = std::io::stdin().lock().read_to_end(&mut bytes);
-    read.map_err(|e| Error::io(Path::new("standard input"), &e))?;
-    utf8("standard input", bytes)
+    source.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| Error::io(name, &e))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        let name = name.display();
+        return Err(Error::usage(format!("{name}: too long: expected at most {} MiB of text", MAX_BYTES >> 20)));
+    }
+    utf8(&name.display().to_string(), bytes)
 }
 
 /// What was piped in beside a prompt; `None` where standard input is a terminal or a device such as `/dev/null`.
@@ -64,8 +75,7 @@ pub fn from_file(path: &Path) -> Result<String> {
     if path == Path::new("-") {
         return from_stdin();
     }
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, &e))?;
-    utf8(&path.display().to_string(), bytes)
+    read(path, std::fs::File::open(path).map_err(|e| Error::io(path, &e))?)
 }
 
 fn utf8(name: &str, bytes: Vec<u8>) -> Result<String> {
