@@ -340,6 +340,9 @@ impl Keys<'_> {
         let wrong = |found: String| {
             Error::invalid(format!("{}: {key}: {found}: expected token ids below {vocab}", self.gguf.name()))
         };
+        if array.len() > vocab {
+            return Err(wrong(format!("{} entries", array.len())));
+        }
         let ids = array.ints()?;
         let entry =
             |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < vocab).ok_or_else(|| wrong(id.to_string()));

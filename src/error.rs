@@ -3,6 +3,7 @@
 //! Messages follow `FILE: WHERE: WHAT IS WRONG: WHAT WAS EXPECTED`, lower case, one line. Text that came out of a
 //! file passes through [`printable`] first, so that no escape sequence of a hostile file reaches a terminal.
 
+use std::borrow::Cow;
 use std::fmt;
 
 /// What went wrong, as far as a caller (or the shell) needs to tell cases apart.
@@ -35,9 +36,12 @@ pub struct Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// An error of any kind. Line breaks and control characters in `message` are made visible.
+    /// An error of any kind. Line breaks and control characters in `message` are made visible, and of a text that
+    /// would fill the screen only beginning and end are kept.
     pub fn new(kind: Kind, message: impl AsRef<str>) -> Error {
-        Error { kind, message: printable(message.as_ref()) }
+        // Once before escapes make it longer, which bounds the work, and once after.
+        let message = printable(&shortened(message.as_ref()));
+        Error { kind, message: shortened(&message).into_owned() }
     }
 
     /// A damaged or contradictory file.
@@ -115,6 +119,21 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// Bytes of a message that are kept: what a file can put into it (a key, a name) may be much longer.
+const HEAD: usize = 500;
+const TAIL: usize = 200;
+/// Stands for the rest.
+const GAP: &str = " ... ";
+
+fn shortened(message: &str) -> Cow<'_, str> {
+    if message.len() <= HEAD + GAP.len() + TAIL {
+        return message.into();
+    }
+    let head = message.floor_char_boundary(HEAD);
+    let tail = message.ceil_char_boundary(message.len() - TAIL);
+    format!("{}{GAP}{}", &message[..head], &message[tail..]).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,6 +143,16 @@ mod tests {
         assert_eq!(printable("a\x1b[31mb\n"), "a\\u{1b}[31mb\\n");
         assert_eq!(printable("\u{9b}x\u{202e}"), "\\u{9b}x\\u{202e}");
         assert_eq!(printable("Zürich 日本"), "Zürich 日本");
+    }
+
+    #[test]
+    fn long_messages_keep_their_ends() {
+        let message = Error::invalid(format!("x.gguf: key {}: is too long", "ü".repeat(70_000))).to_string();
+        assert!(message.starts_with("x.gguf: key üü") && message.ends_with("üü: is too long"));
+        assert!(message.contains("ü ... ü") && message.len() <= 705, "{} bytes", message.len());
+        assert!(Error::invalid("\x1b".repeat(70_000)).to_string().len() <= 705);
+        let message = "y".repeat(700);
+        assert_eq!(Error::invalid(&message).to_string(), message);
     }
 
     #[test]

@@ -48,6 +48,8 @@ const MAX_TENSOR_NAME_BYTES: u64 = 63;
 /// Everything before the tensor data. A vocabulary of 262,144 tokens and all its merges takes 16 MB. String arrays have
 /// to be walked to find their end, so this bounds the time and the resident memory of opening a file full of holes.
 const MAX_HEADER_BYTES: u64 = 128 << 20;
+/// The longest text anybody reads is a chat template; published ones have 12 to 19 KB.
+const MAX_TEXT_BYTES: usize = 1 << 20;
 /// The format has at most four dimensions.
 const MAX_DIMS: u32 = 4;
 /// The smallest key/value pair: length, one byte of key, type, one byte of value.
@@ -262,10 +264,14 @@ impl Gguf {
     /// The value of `key` as text. `None` when the key is absent.
     ///
     /// # Errors
-    /// When the value is not a string or not UTF-8.
+    /// When the value is not a string, not UTF-8 or longer than 1 MiB.
     pub fn string(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
+            Some(Value::Str(bytes)) if bytes.len() > MAX_TEXT_BYTES => {
+                let len = bytes.len();
+                Err(self.invalid_key(key, format_args!("has {len} bytes: expected at most {MAX_TEXT_BYTES}")))
+            }
             Some(Value::Str(bytes)) => match std::str::from_utf8(bytes) {
                 Ok(text) => Ok(Some(text)),
                 Err(e) => Err(self

@@ -72,7 +72,7 @@ const NEVER_SAMPLED: [&str; 11] = [
 /// Longest token text accepted; Gemma's longest is 93 bytes.
 const MAX_TOKEN_BYTES: usize = 64 << 10;
 /// More tokens than this are not believed. Gemma has 262,144.
-const MAX_TOKENS: usize = 1 << 24;
+const MAX_TOKENS: usize = 1 << 21;
 /// `token_type` of tokens that are not shown.
 const TYPE_UNKNOWN: i64 = 2;
 const TYPE_CONTROL: i64 = 3;
@@ -172,7 +172,9 @@ impl Tokenizer {
         if merges.len() > 16 * MAX_TOKENS {
             return Err(invalid(MERGES, format!("has {} entries: expected fewer", merges.len())));
         }
-        vocab.set_merges(merges.len(), merges.strings()?);
+        // A rule that can apply has two bytes at least; a file may announce any number of empty ones.
+        let usable = merges.len().min(merges.raw().len().saturating_sub(8 * merges.len()) / 2);
+        vocab.set_merges(usable, merges.strings()?);
 
         let valid_id = |key: &str, id: i128| match u32::try_from(id) {
             Ok(id) if (id as usize) < count => Ok(id),
@@ -194,6 +196,10 @@ impl Tokenizer {
             bos.ok_or_else(|| invalid(TOKENS, "has no <bos>: expected the token every text begins with".into()))?;
         const SUPPRESS: &str = "tokenizer.ggml.suppress_tokens";
         if let Some(suppressed) = gguf.array(SUPPRESS)? {
+            if suppressed.len() > count {
+                let len = suppressed.len();
+                return Err(invalid(SUPPRESS, format!("has {len} entries: expected at most {count}, one a token")));
+            }
             for id in suppressed.ints()? {
                 never_sample.push(valid_id(SUPPRESS, id.into())?);
             }

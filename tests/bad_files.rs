@@ -11,6 +11,8 @@ mod oracle;
 use common::damage::{self, EXTREMES, Rng, injure, put};
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -503,6 +505,49 @@ fn damaged_containers_are_refused() {
     cases.bytes("cut in the middle", INVALID, &["tensor", "short"], &whole[..whole.len() / 2]);
     cases.bytes("the last byte missing", INVALID, &["tensor", "file ends 1 bytes short"], &whole[..end - 1]);
 
+    // Other files that end in .gguf all the same, and long things in error lines.
+    cases.bytes(
+        "safetensors",
+        INVALID,
+        &["does not start with GGUF"],
+        b"\x10\0\0\0\0\0\0\0{\"a\": [1, 2]}     ".to_vec(),
+    );
+    cases.bytes("a zip archive", INVALID, &["does not start with GGUF"], [&b"PK\x03\x04"[..], &[0; 60]].concat());
+    cases.bytes("zeros", INVALID, &["does not start with GGUF"], vec![0; 4096]);
+    cases.bytes(
+        "a git-lfs pointer",
+        INVALID,
+        &["does not start with GGUF"],
+        "version https://git-lfs.github.com/spec/v1\n",
+    );
+    cases.bytes("nothing but a header", INVALID, &["general.architecture", "missing"], {
+        [&b"GGUF"[..], &3_u32.to_le_bytes(), &[0; 16]].concat()
+    });
+    cases.parts("no tensors", INVALID, &["tensor token_embd.weight", "missing"], |f| f.n_tensors = Some(0));
+    cases.parts("no keys", INVALID, &["tensor general.architecture"], |f| f.n_pairs = Some(0));
+    cases.parts("a long key with a value of no type", INVALID, &["key kkkk", " ... ", "unknown value type 77"], |f| {
+        *f.pair("general.name") = Pair { key: vec![b'k'; 65_535], key_len: None, ty: 77, value: vec![] };
+    });
+    cases.parts("a long key of escapes, twice", INVALID, &["\\u{1b}", "twice"], |f| {
+        let pair = Pair { key: vec![0x1b; 60_000], key_len: None, ty: ty::U8, value: vec![0] };
+        f.pairs.extend([pair.clone(), pair]);
+    });
+    cases.parts("offsets one byte apart", INVALID, &["output_norm.weight", "multiple of 32"], |f| {
+        f.tensor("output_norm.weight").offset = Some(1);
+    });
+    cases.parts("a tensor that reaches into the next", INVALID, &["overlaps"], |f| {
+        f.tensor("output_norm.weight").dims = vec![72];
+    });
+    cases.parts("the last tensor a row too long", INVALID, &["x.weight", "short"], |f| {
+        f.push_tensor("x.weight", &[32, 9], Q4_0, vec![0; 8 * 18]);
+    });
+    cases.parts("a count of values in place of their bytes", INVALID, &["token_type", "2097152 elements"], |f| {
+        f.pair("tokenizer.ggml.token_type").value[4..12].copy_from_slice(&(1_u64 << 21).to_le_bytes());
+    });
+    cases.parts("a type of 2^16 in an array", INVALID, &["unknown element type 65536"], |f| {
+        f.pair("tokenizer.ggml.tokens").value[..4].copy_from_slice(&(1_u32 << 16).to_le_bytes());
+    });
+
     cases.check(&[show, run]);
 }
 
@@ -664,6 +709,79 @@ fn impossible_hyper_parameters_are_refused() {
         f.set_u32("gemma4.embedding_length_per_layer_input", u32::MAX);
     });
 
+    for architecture in ["", "gemma4\0", "Gemma4", "gemma3n", "gemma4 ", "clip"] {
+        cases.parts("almost the architecture", UNSUPPORTED, &["general.architecture"], |f| {
+            f.set_str("general.architecture", architecture)
+        });
+    }
+    cases.parts("an architecture of a mebibyte", UNSUPPORTED, &["general.architecture", " ... ", "gemma4"], |f| {
+        f.set_str("general.architecture", vec![0; 1 << 20])
+    });
+    cases.parts("an architecture of more", INVALID, &["general.architecture", "2097152 bytes"], |f| {
+        f.set_str("general.architecture", vec![0; 2 << 20])
+    });
+    cases.parts("several architectures", INVALID, &["general.architecture", "array of string"], |f| {
+        f.set("general.architecture", ty::ARRAY, raw::strings(&["gemma4"]))
+    });
+    // Nothing may be sized by these before a tensor confirms them.
+    for (key, value) in [
+        ("gemma4.feed_forward_length", 1 << 20),
+        ("gemma4.embedding_length", 1 << 20),
+        ("gemma4.embedding_length_per_layer_input", 1 << 20),
+        ("gemma4.attention.head_count", 1024),
+        ("gemma4.attention.head_count_kv", 2),
+    ] {
+        cases.parts("more than the tensors have", INVALID, &["tensor", "expected shape"], |f| f.set_u32(key, value));
+    }
+    for kind in ["", "_swa"] {
+        cases.parts("heads of 2^20", INVALID, &["tensor blk.", "expected shape"], |f| {
+            f.set_u32(&format!("gemma4.attention.key_length{kind}"), 1 << 20);
+            f.set_u32(&format!("gemma4.attention.value_length{kind}"), 1 << 20);
+        });
+    }
+    cases.parts("512 layers", INVALID, &["tensor", "expected shape"], |f| {
+        f.set_u32("gemma4.block_count", 512);
+        let pattern: Vec<u8> = (0..512).map(|il| u8::from(il % 2 == 0)).collect();
+        f.set("gemma4.attention.sliding_window_pattern", ty::ARRAY, raw::array(ty::BOOL, 512, &pattern));
+        f.set_u32("gemma4.attention.shared_kv_layers", 0);
+        for key in ["feed_forward_length", "attention.head_count", "attention.head_count_kv"] {
+            f.set_u32(
+                &format!("gemma4.{key}"),
+                if key.starts_with('f') { 64 } else { 2 - u32::from(key.ends_with("kv")) },
+            );
+        }
+    });
+    cases.parts("sharing layers with other heads", INVALID, &["head_count_kv", "shares"], |f| {
+        f.set("gemma4.attention.head_count_kv", ty::ARRAY, raw::i32s(&[1, 1, 2, 1]));
+    });
+    cases.parts("layers as 64-bit integers beyond i64", INVALID, &["head_count", "too large"], |f| {
+        f.set("gemma4.attention.head_count", ty::ARRAY, raw::array(ty::U64, 4, &[0xff; 32]));
+    });
+    cases.parts("layers as floats", INVALID, &["feed_forward_length", "array of f32"], |f| {
+        f.set("gemma4.feed_forward_length", ty::ARRAY, raw::array(ty::F32, 4, &[0; 16]));
+    });
+    for (key, value) in [("temp", f32::NAN), ("temp", -1.0), ("top_p", 1.5), ("min_p", f32::INFINITY)] {
+        cases.parts("a recommended sampling nobody can follow", INVALID, &["general.sampling"], |f| {
+            f.set_f32(&format!("general.sampling.{key}"), value)
+        });
+    }
+    cases.parts("recommended top-k of -1", INVALID, &["general.sampling.top_k"], |f| {
+        f.set("general.sampling.top_k", ty::I32, (-1_i32).to_le_bytes())
+    });
+    cases.parts("a recommended temperature in words", INVALID, &["general.sampling.temp"], |f| {
+        f.set_str("general.sampling.temp", "warm")
+    });
+    cases.moe("1024 experts, all used", INVALID, &["tensor", "expected shape"], |f| {
+        f.set_u32("gemma4.expert_count", 1024);
+        f.set_u32("gemma4.expert_used_count", 1024);
+    });
+    cases.moe("experts 2^20 wide", INVALID, &["tensor", "expected shape"], |f| {
+        f.set_u32("gemma4.expert_feed_forward_length", 1 << 20)
+    });
+    cases.moe("experts of layers that are not there", INVALID, &["expert_feed_forward_length"], |f| {
+        f.set("gemma4.expert_feed_forward_length", ty::ARRAY, raw::i32s(&[32, 32, 32]))
+    });
+
     for key in ["gemma4.expert_count", "gemma4.expert_used_count", "gemma4.expert_feed_forward_length"] {
         let words: &'static [&'static str] = Box::leak(Box::new(["expert"]));
         cases.moe("0 experts in some sense", INVALID, words, |f| f.set_u32(key, 0));
@@ -786,6 +904,29 @@ fn wrong_tensors_are_refused() {
     cases.parts("fused q, k and v of the wrong shape", INVALID, &["blk.0.attn_qkv.weight"], |f| {
         f.push_tensor("blk.0.attn_qkv.weight", &[64, 10], F32, vec![0; 64 * 10 * 4]);
     });
+    cases.parts("a scale nobody applies", UNSUPPORTED, &["blk.0.attn_q.scale"], |f| {
+        f.push_tensor("blk.0.attn_q.scale", &[1], F32, 2_f32.to_le_bytes().into());
+    });
+    cases.parts("two matrices under each other's names", INVALID, &["blk.0.attn_q.weight", "shape"], |f| {
+        f.tensor("blk.0.attn_q.weight").name = b"x".into();
+        f.tensor("blk.0.attn_k.weight").name = b"blk.0.attn_q.weight".into();
+        f.tensor("x").name = b"blk.0.attn_k.weight".into();
+    });
+    cases.parts("a name in capitals", INVALID, &["blk.0.ffn_up.weight", "missing"], |f| {
+        f.tensor("blk.0.ffn_up.weight").name = b"blk.0.FFN_UP.weight".into();
+    });
+    cases.parts("integers for a norm", INVALID, &["output_norm.weight", "I32"], |f| {
+        f.tensor("output_norm.weight").type_id = 26
+    });
+    cases.parts("a layer scale of infinity", INVALID, &["blk.0.layer_output_scale.weight"], |f| {
+        f.tensor("blk.0.layer_output_scale.weight").data.copy_from_slice(&f32::INFINITY.to_le_bytes());
+    });
+    cases.moe("a router scale of NaN", INVALID, &["blk.0.ffn_gate_inp.scale"], |f| {
+        f.tensor("blk.0.ffn_gate_inp.scale").data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    cases.moe("an expert's scale of NaN", INVALID, &["blk.1.ffn_down_exps.scale"], |f| {
+        f.tensor("blk.1.ffn_down_exps.scale").data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
     cases.moe("a router of the wrong shape", INVALID, &["blk.0.ffn_gate_inp.weight"], |f| {
         f.tensor("blk.0.ffn_gate_inp.weight").dims[1] -= 1;
     });
@@ -874,6 +1015,33 @@ fn broken_vocabularies_are_refused() {
     cases.parts("no beginning of text", INVALID, &["<bos>"], |f| {
         f.set(TOKENS, ty::ARRAY, nameless);
         f.remove("tokenizer.ggml.bos_token_id");
+    });
+    for (name, change) in [("a special id as float", 0_u8), ("a special id as bool", 1), ("a special id as array", 2)] {
+        cases.parts(name, INVALID, &["tokenizer.ggml.bos_token_id"], |f| match change {
+            0 => f.set_f32("tokenizer.ggml.bos_token_id", 2.0),
+            1 => f.set("tokenizer.ggml.bos_token_id", ty::BOOL, [1]),
+            _ => f.set("tokenizer.ggml.bos_token_id", ty::ARRAY, raw::i32s(&[2])),
+        });
+    }
+    cases.parts("a special id of 2^63", INVALID, &["tokenizer.ggml.eos_token_id"], |f| {
+        f.set("tokenizer.ggml.eos_token_id", ty::U64, (1_u64 << 63).to_le_bytes())
+    });
+    cases.parts("suppressed ids as floats", INVALID, &["suppress_tokens"], |f| {
+        f.set(suppress, ty::ARRAY, raw::array(ty::F32, 1, &[0; 4]))
+    });
+    cases.parts("one suppressed id, not in an array", INVALID, &["suppress_tokens"], |f| f.set_u32(suppress, 5));
+    cases.parts("merges are one string", INVALID, &["tokenizer.ggml.merges"], |f| {
+        f.set_str("tokenizer.ggml.merges", "a b")
+    });
+    cases.parts("scores are strings", INVALID, &[SCORES], |f| f.set(SCORES, ty::ARRAY, raw::strings(&vec!["0"; 512])));
+    cases.parts("twice the tokens", INVALID, &["token_embd.weight", "1024"], |f| {
+        let twice: Vec<_> = tokens.iter().chain(&tokens).collect();
+        f.set(TOKENS, ty::ARRAY, raw::strings(&twice));
+        f.remove(TYPES);
+    });
+    let model = vec![b'g'; 1 << 20];
+    cases.parts("a tokenizer with a long name", UNSUPPORTED, &["tokenizer.ggml.model"], |f| {
+        f.set_str("tokenizer.ggml.model", model)
     });
     cases.check(&[show, run]);
 }
@@ -1074,6 +1242,71 @@ fn a_model_that_computes_nonsense_says_so() {
 }
 
 #[test]
+fn numbers_too_large_to_compute_with_end_in_one_line_or_an_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let fill = |f: &mut Parts, name: &str, x: f32| {
+        f.tensor(name).data.chunks_exact_mut(4).for_each(|value| value.copy_from_slice(&x.to_le_bytes()));
+    };
+    type Change<'a> = (&'a str, &'a dyn Fn(&mut Parts));
+    let changes: [Change; 14] = [
+        ("norms of 1e38", &|f| fill(f, "blk.0.attn_norm.weight", 1e38)),
+        ("norms of 0", &|f| fill(f, "blk.1.ffn_norm.weight", 0.0)),
+        ("norms of -0", &|f| fill(f, "output_norm.weight", -0.0)),
+        ("a layer scale of 0", &|f| fill(f, "blk.0.layer_output_scale.weight", 0.0)),
+        ("a layer scale of 1e38", &|f| fill(f, "blk.0.layer_output_scale.weight", 1e38)),
+        ("rotation divisors of 1e-45", &|f| fill(f, "rope_freqs.weight", 1e-45)),
+        ("rotation divisors of 1e38", &|f| fill(f, "rope_freqs.weight", 1e38)),
+        ("a rotation base of 1e38", &|f| f.set_f32("gemma4.rope.freq_base", 1e38)),
+        ("a rotation base of 1e-45", &|f| f.set_f32("gemma4.rope.freq_base_swa", 1e-45)),
+        ("a cap of 1e-45", &|f| f.set_f32("gemma4.final_logit_softcapping", 1e-45)),
+        ("a cap of 1e38", &|f| f.set_f32("gemma4.final_logit_softcapping", 1e38)),
+        ("an epsilon of 0", &|f| f.set_f32("gemma4.attention.layer_norm_rms_epsilon", 0.0)),
+        ("an epsilon of 3e38", &|f| f.set_f32("gemma4.attention.layer_norm_rms_epsilon", 3e38)),
+        ("an embedding of zeros and no epsilon", &|f| {
+            f.tensor("token_embd.weight").data.fill(0);
+            f.set_f32("gemma4.attention.layer_norm_rms_epsilon", 0.0);
+        }),
+    ];
+    for (name, change) in changes {
+        let mut parts = base();
+        change(&mut parts);
+        fs::write(dir.path().join("bad.gguf"), parts.bytes()).unwrap();
+        show(dir.path()).works().unwrap_or_else(|e| panic!("{name}: {e}"));
+        for command in [run, chat] {
+            let outcome = command(dir.path());
+            if outcome.works().is_err() {
+                outcome.refused(INVALID, &["bad.gguf", "non-finite"]).unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn one_value_that_is_not_finite_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let nan = [0x00, 0x7e];
+    for (tensor, at, row) in [
+        ("token_embd.weight", 40 * 18 * 2, 40),
+        ("per_layer_token_embd.weight", 0, 0),
+        ("blk.3.ffn_up.weight", 63 * 36 + 18, 63),
+    ] {
+        for half in [nan, [0x00, 0x7c], [0x00, 0xfc]] {
+            let mut parts = base();
+            parts.tensor(tensor).data[at..at + 2].copy_from_slice(&half);
+            fs::write(dir.path().join("bad.gguf"), parts.bytes()).unwrap();
+            let outcome = gemrun(dir.path(), &["show", "bad.gguf", "--check-data"]);
+            outcome.refused(INVALID, &[&format!("tensor {tensor}: row {row}: value is not finite")]).unwrap();
+            let outcome = run(dir.path());
+            if outcome.works().is_err() {
+                outcome.refused(INVALID, &["bad.gguf", "non-finite"]).unwrap();
+            }
+        }
+    }
+    fs::write(dir.path().join("bad.gguf"), base().bytes()).unwrap();
+    gemrun(dir.path(), &["show", "bad.gguf", "--check-data"]).works().unwrap();
+}
+
+#[test]
 fn a_file_full_of_holes_is_refused_in_no_time() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("bad.gguf");
@@ -1093,6 +1326,46 @@ fn a_file_full_of_holes_is_refused_in_no_time() {
         OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 36).unwrap();
         for command in [show, run] {
             command(dir.path()).refused(INVALID, &["bad.gguf", words[0], words[1]]).unwrap();
+        }
+    }
+}
+
+/// The holes are at the end of the metadata, and what follows them is sound: a file without tensors.
+#[test]
+fn a_vocabulary_of_holes_is_refused_in_no_time() {
+    let dir = tempfile::tempdir().unwrap();
+    for (key, elem, len, code, words) in [
+        ("tokenizer.ggml.tokens", ty::STR, 15 << 20, INVALID, "64x15728640"),
+        ("tokenizer.ggml.tokens", ty::STR, 1 << 21, INVALID, "64x2097152"),
+        ("tokenizer.ggml.merges", ty::STR, 15 << 20, INVALID, "tensor token_embd.weight"),
+        ("tokenizer.ggml.scores", ty::F32, 30 << 20, INVALID, "token_embd.weight"),
+        ("tokenizer.ggml.suppress_tokens", ty::I32, 30 << 20, INVALID, "tokenizer.ggml.suppress_tokens"),
+        ("general.name", ty::STR, 120 << 20, INVALID, "token_embd.weight"),
+        ("general.architecture", ty::STR, 120 << 20, INVALID, "general.architecture"),
+        ("tokenizer.chat_template", ty::STR, 120 << 20, INVALID, "token_embd.weight"),
+    ] {
+        let mut parts = base();
+        parts.tensors.clear();
+        parts.pairs.retain(|pair| pair.key != key.as_bytes());
+        let long_text = !key.starts_with("tokenizer.ggml");
+        match long_text {
+            true => parts.set(key, ty::STR, u64::to_le_bytes(len)),
+            false => parts.set(key, ty::ARRAY, raw::array(elem, len, &[])),
+        }
+        let bytes = parts.bytes();
+        let holes = if long_text { len } else { len * if elem == ty::STR { 8 } else { 4 } };
+        fs::write(dir.path().join("bad.gguf"), &bytes).unwrap();
+        let file = OpenOptions::new().write(true).open(dir.path().join("bad.gguf")).unwrap();
+        file.set_len(bytes.len() as u64 + holes).unwrap();
+        for command in [show, run, |dir: &Path| gemrun(dir, &["tokenize", "bad.gguf", "the"])] {
+            let outcome = command(dir.path());
+            let result = match outcome.status.code() {
+                // The tokenizer does not look at tensors, or has no quarrel with the holes.
+                Some(0) => outcome.works(),
+                _ if outcome.stderr.contains("tokenizer.ggml") => outcome.refused(code, &["bad.gguf"]),
+                _ => outcome.refused(code, &["bad.gguf", words]),
+            };
+            result.unwrap_or_else(|e| panic!("{key}: {e}"));
         }
     }
 }
@@ -1223,6 +1496,97 @@ fn special_files_are_refused() {
             gemrun(dir.path(), args).refused(code, &[name, words]).unwrap();
         }
     }
+}
+
+#[test]
+fn special_paths_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    std::os::unix::fs::symlink("loop.gguf", path("loop.gguf")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(path("socket.gguf")).unwrap();
+    fs::write(path("file.gguf"), base().bytes()).unwrap();
+    fs::write(path("red\x1b[31m.gguf"), "not a model, just some text").unwrap();
+    fs::write(path("secret.gguf"), base().bytes()).unwrap();
+    fs::set_permissions(path("secret.gguf"), fs::Permissions::from_mode(0o000)).unwrap();
+    std::os::unix::fs::symlink("file.gguf", path("link.gguf")).unwrap();
+    let long = format!("{}.gguf", "x".repeat(5000));
+    let mut cases = vec![
+        ("loop.gguf", 1, "symbolic link"),
+        ("socket.gguf", 1, "socket.gguf"),
+        ("file.gguf/", 1, "not a directory"),
+        ("file.gguf/x.gguf", 1, "not a directory"),
+        (long.as_str(), 1, "too long"),
+        ("./", INVALID, "is a directory"),
+        ("/dev/null", INVALID, "pipe or a device"),
+        ("red\x1b[31m.gguf", INVALID, "red\\u{1b}[31m.gguf"),
+        ("no\x1b[31m.gguf", 3, "no\\u{1b}[31m.gguf"),
+    ];
+    // The superuser may read everything.
+    if File::open(path("secret.gguf")).is_err() {
+        cases.push(("secret.gguf", 1, "permission denied"));
+    }
+    for (name, code, words) in cases {
+        for args in [&["show", name][..], &["run", name, "the", "--raw", "-n", "1"]] {
+            gemrun(dir.path(), args).refused(code, &[words]).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+    }
+    gemrun(dir.path(), &["show", "link.gguf"]).works().unwrap();
+}
+
+/// Starts a long answer, waits for its first byte and then does something to the file.
+fn while_running(harm: impl FnOnce(&File)) -> (ExitStatus, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bad.gguf");
+    let mut parts = base();
+    parts.set_u32("gemma4.context_length", 1 << 20);
+    fs::write(&path, parts.bytes()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gemrun"));
+    command.args(["run", "bad.gguf", "the", "--raw", "--ignore-eos", "-n", "20000", "-c", "30000", "-t", "2"]);
+    command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    harm(&OpenOptions::new().read(true).write(true).open(&path).unwrap());
+    let output = child.wait_with_output().unwrap();
+    (output.status, String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_file_that_changes_while_in_use_ends_in_one_line() {
+    const CUT: &str = "error: bad.gguf: the file was truncated or cannot be read while in use\n";
+    for len in [0, 4096] {
+        let (status, stderr) = while_running(|file| file.set_len(len).unwrap());
+        assert_eq!((status.code(), stderr.as_str()), (Some(INVALID), CUT));
+    }
+    // All its bytes replaced: the weights become NaN.
+    let (status, stderr) = while_running(|mut file| {
+        let len = file.metadata().unwrap().len() as usize;
+        file.write_all(&vec![0xff; len]).unwrap();
+    });
+    assert_eq!(status.code(), Some(INVALID), "{stderr}");
+    assert!(stderr.starts_with("error: bad.gguf: non-finite logits") && stderr.lines().count() == 1, "{stderr}");
+    // One that grows is still the same file.
+    let (status, stderr) = while_running(|file| file.set_len(1 << 24).unwrap());
+    assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn every_length_but_the_whole_is_refused() {
+    let whole = base().bytes();
+    let file = Gguf::from_bytes("x.gguf", whole.clone()).unwrap();
+    let last = file.tensors().iter().max_by_key(|t| t.offset).unwrap();
+    let (data, end) = (file.data_start() as usize, (file.data_start() + last.offset + last.bytes) as usize);
+    // Every one in the header and near the end, a prime step apart between them.
+    let lengths = (0..data).step_by(3).chain((data..end).step_by(211)).chain(end - 300..end);
+    let mut refused = 0;
+    for len in lengths {
+        let error = Gguf::from_bytes("x.gguf", whole[..len].to_vec()).map(drop).unwrap_err();
+        assert_eq!(error.exit_code(), 5, "{len}: {error}");
+        assert!(error.to_string().starts_with("x.gguf: "), "{len}: {error}");
+        refused += 1;
+    }
+    println!("{refused} lengths");
+    // What lies between the last tensor and the end of the file is padding.
+    Gguf::from_bytes("x.gguf", whole[..end].to_vec()).unwrap();
 }
 
 #[test]

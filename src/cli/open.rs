@@ -9,7 +9,9 @@ use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
 use gemrun::registry::{self, Registry, Source};
+use gemrun::session;
 use gemrun::team::MAX_THREADS;
+use gemrun::template::Template;
 use gemrun::tokenizer::Tokenizer;
 use gemrun::weight::{Act, Numerics};
 use gemrun::{Error, Result};
@@ -185,9 +187,11 @@ pub fn load(model: &OsStr, numerics: &Numerics) -> Result<Loaded> {
     Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
 }
 
-/// Why [`load`] would refuse this file, if it would.
+/// Why `run` would refuse this file, if it would.
 pub fn check(gguf: &Gguf) -> Result<()> {
-    parts(gguf, &Numerics::default()).map(drop)
+    parts(gguf, &Numerics::default())?;
+    session::recommended(gguf)?;
+    Template::from_gguf(gguf).map(drop)
 }
 
 /// Model and tokenizer of a file. The tokenizer is built on another thread while the tensors are looked up.

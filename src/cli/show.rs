@@ -47,8 +47,12 @@ pub struct Show {
 const LONG: usize = 64;
 /// Entries shown of an abbreviated array.
 const FIRST: usize = 8;
-/// Characters of a metadata value shown to people.
+/// Characters of a key or value shown to people.
 const VALUE_WIDTH: usize = 80;
+/// Bytes of a string shown in JSON; a chat template has some 20,000.
+const MAX_STRING: usize = 1 << 20;
+/// Blocks looked at in one go by `--check-data`.
+const PIECE: usize = 64;
 
 impl Show {
     pub fn run(self) -> Result {
@@ -136,8 +140,8 @@ impl Summary {
 
     fn print(&self, gguf: &Gguf, out: &mut impl Write) -> Result {
         let unknown = || "not given".to_string();
-        let name = self.name.as_deref().map(printable).unwrap_or_else(unknown);
-        let architecture = self.architecture.as_deref().map(printable).unwrap_or_else(unknown);
+        let name = self.name.as_deref().map(brief).unwrap_or_else(unknown);
+        let architecture = self.architecture.as_deref().map(brief).unwrap_or_else(unknown);
         writeln!(out, "file            {}", printable(gguf.name()))?;
         writeln!(out, "name            {name}")?;
         writeln!(out, "architecture    {architecture}")?;
@@ -172,20 +176,15 @@ fn print_metadata(gguf: &Gguf, out: &mut impl Write) -> Result {
         let text = match &value {
             Value::Str(bytes) => readable(bytes),
             Value::Array(array) if array.len() <= FIRST => {
-                format!("[{}]", array.values().map(|value| value.to_string()).collect::<Vec<_>>().join(", "))
+                format!("[{}]", array.values().map(|value| element(&value)).collect::<Vec<_>>().join(", "))
             }
             Value::Array(array) => {
-                let first: Vec<_> = array.values().take(FIRST).map(|value| value.to_string()).collect();
+                let first: Vec<_> = array.values().take(FIRST).map(|value| element(&value)).collect();
                 format!("[{}, ...] ({} entries)", first.join(", "), array.len())
             }
             scalar => scalar.to_string(),
         };
-        let mut text = printable(&text);
-        if let Some((cut, _)) = text.char_indices().nth(VALUE_WIDTH) {
-            text.truncate(cut);
-            text.push_str("...");
-        }
-        writeln!(out, "{} = {text}", printable(key))?;
+        writeln!(out, "{} = {}", brief(key), brief(&text))?;
     }
     Ok(())
 }
@@ -200,21 +199,24 @@ fn print_tensors(gguf: &Gguf, out: &mut impl Write) -> Result {
     Ok(())
 }
 
-/// Unpacks every tensor, a row at a time, and looks at each value.
+/// Unpacks every tensor, some blocks at a time, and looks at each value.
 fn check_data(gguf: &Gguf) -> Result {
     for tensor in gguf.tensors() {
         let Some(format) = Format::from_ggml(tensor.type_id) else {
-            let note = format_args!("note: {}: {} is not supported, not checked", tensor.name, type_name(tensor));
+            let name = printable(&tensor.name);
+            let note = format_args!("note: {name}: {} is not supported, not checked", type_name(tensor));
             terminal::eprintln_quietly(note);
             continue;
         };
         let cols = tensor.shape().first().map_or(1, |&cols| cols as usize);
-        let data = gguf.bytes(tensor);
-        let row_bytes = format.row_bytes(cols).unwrap_or(data.len()).max(1);
-        let mut values = vec![0.0; cols];
-        for (row, bytes) in data.chunks_exact(row_bytes).enumerate() {
-            format.unpack_row(bytes, &mut values);
-            if !all_finite(&values) {
+        let (data, piece_bytes) = (gguf.bytes(tensor), PIECE * format.block_bytes());
+        let mut values = vec![0.0; PIECE * format.block_elems()];
+        for (piece, bytes) in data.chunks(piece_bytes).enumerate() {
+            let values = &mut values[..bytes.len() / format.block_bytes() * format.block_elems()];
+            format.unpack_row(bytes, values);
+            if !all_finite(values) {
+                let at = values.iter().position(|value| !value.is_finite()).unwrap_or(0);
+                let row = (piece * PIECE * format.block_elems() + at) / cols;
                 let error = format!("{}: tensor {}: row {row}: value is not finite", gguf.name(), tensor.name);
                 return Err(Error::invalid(error).into());
             }
@@ -230,10 +232,26 @@ fn type_name(tensor: &Tensor) -> String {
     }
 }
 
-/// The text of a string that should be UTF-8; bytes that are not are shown as `\xHH`.
+/// A text as one line of bounded length.
+fn brief(text: &str) -> String {
+    match text.char_indices().nth(VALUE_WIDTH) {
+        Some((cut, _)) => format!("{}...", printable(&text[..cut])),
+        None => printable(text),
+    }
+}
+
+/// An element of an array, for people.
+fn element(value: &Value) -> String {
+    match value {
+        Value::Str(bytes) => brief(&readable(bytes)),
+        scalar => scalar.to_string(),
+    }
+}
+
+/// The text of a string that should be UTF-8; bytes that are not are shown as `\xHH`. What is too long is cut.
 fn readable(bytes: &[u8]) -> String {
     let mut text = String::new();
-    for chunk in bytes.utf8_chunks() {
+    for chunk in bytes[..bytes.len().min(MAX_STRING)].utf8_chunks() {
         text.push_str(chunk.valid());
         text.extend(chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")));
     }

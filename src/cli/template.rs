@@ -9,6 +9,7 @@ use gemrun::Error;
 use gemrun::template::{Options, Template as ChatTemplate};
 use serde_json::Value;
 
+use super::terminal::Shown;
 use super::{Result, open, text};
 
 /// Render a model's chat template
@@ -53,7 +54,7 @@ impl Template {
         };
         let rendered = template.render(&messages, &tools, options)?;
         let mut out = std::io::stdout().lock();
-        out.write_all(rendered.as_bytes())?;
+        out.write_all(Shown::stdout().text(&rendered).as_bytes())?;
         Ok(out.flush()?)
     }
 }

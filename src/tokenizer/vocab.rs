@@ -80,13 +80,13 @@ impl Vocab {
 
     /// Takes over the merge rules, best first: each is `left`, a space, `right`, where the space is the first one
     /// after the first byte. Rules without such a space, or whose result is no token, are dropped and counted; of
-    /// two rules for one pair the first counts.
-    pub(super) fn set_merges<'a>(&mut self, count: usize, rules: impl Iterator<Item = &'a [u8]>) {
-        self.merges = vec![EMPTY; (count * 2).next_power_of_two()];
+    /// two rules for one pair the first counts. `usable` bounds the number of rules of two bytes or more.
+    pub(super) fn set_merges<'a>(&mut self, usable: usize, rules: impl Iterator<Item = &'a [u8]>) {
+        self.merges = vec![EMPTY; (usable * 2).next_power_of_two()];
         let mask = self.merges.len() - 1;
         let mut result = 0;
         let mut joined = Vec::new();
-        for (rank, rule) in rules.take(count).enumerate() {
+        for (rank, rule) in rules.enumerate() {
             let Some(left) = rule.iter().skip(1).position(|&b| b == b' ').map(|at| at + 1) else {
                 self.dropped_merges += 1;
                 continue;
