@@ -1087,6 +1087,10 @@ fn hostile_templates_are_refused() {
     bad("deep parentheses", &format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000)));
     bad("deep lists", &format!("{{{{ {}1{} }}}}", "[".repeat(100_000), "]".repeat(100_000)));
     bad("deep blocks", &format!("{}{}", "{% if true %}".repeat(50_000), "{% endif %}".repeat(50_000)));
+    bad("a long chain of operators", &format!("{{{{ 1{} }}}}", "+1".repeat(400_000)));
+    bad("a long chain of negations", &format!("{{{{ {}1 }}}}", "not ".repeat(200_000)));
+    bad("a long chain of minus signs", &format!("{{{{ {}1 }}}}", "-".repeat(200_000)));
+    bad("a long chain of filters", &format!("{{{{ 'a'{} }}}}", "|upper".repeat(100_000)));
     bad("an include", "{% include '/etc/passwd' %}");
     bad("an import", "{% import 'x' as y %}");
     bad("padding by a filter", "{{ 'x'|center(9999999999) }}");
