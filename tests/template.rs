@@ -391,7 +391,7 @@ fn hostile(source: &str) -> (String, Duration) {
     let result = Template::new("t", source).and_then(|t| t.render(&[user("hi")], &[], Options::default()));
     let took = start.elapsed();
     let text = match result {
-        Ok(text) => panic!("rendered {} bytes: {}", text.len(), &source[..source.len().min(80)]),
+        Ok(text) => format!("rendered {} bytes", text.len()),
         Err(e) => format!("{}: {e}", e.exit_code()),
     };
     assert!(!text.contains('\n') && text.len() < 500, "{text}");
@@ -423,7 +423,10 @@ fn hostile_templates_cost_one_line() {
     let deep = |unit: &str| format!("{{% set x = {}1 %}}{{{{ raise_exception('end') }}}}", unit.repeat(1000));
     let long_compare = longest("{% set x = 1", "<1", " %}");
     let long_raw =
-        format!("{{% for i in range(100000) %}}{{% set x %}}{}{{% endset %}}{{% endfor %}}", "r".repeat(200_000));
+        format!("{{% for i in range(100000) %}}{{% set x %}}{}{{% endset %}}{{% endfor %}}", "r".repeat(900_000));
+    const TOO_DEEP: &str = "5: t: line 1: is nested too deeply";
+    const KEEPS: &str = "5: t: line 1: keeps something other than data in a namespace";
+    let deep = |begin: &str, middle: &str, end: &str| format!("{begin}{}{end}", middle.repeat(30_000));
     let double = |op: &str| {
         format!(
             "{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}{{% set n.x = {op} %}}{{% endfor %}}{{{{ n.x }}}}"
@@ -437,7 +440,7 @@ fn hostile_templates_cost_one_line() {
         ("{% for i in range(100000) %}{{ 'x' * i }}{% endfor %}".into(), "5: t: line 1: "),
         ("{% for i in range(99999) %}0123456789012345678901234567890123456789012345678901234567890123456789{% endfor %}".into(), "5: t: "),
         (long_raw, "5: t: "),
-        ("{% set x = 'a' * 100000000 %}".into(), "5: t: line 1: multiplies something other than numbers"),
+        ("{% set x = 'a' * 100000000 %}".into(), "5: t: line 1: multiplies a text"),
         ("{{ ('a' ~ 'b') * 1000 }}".into(), "5: t: line 1: multiplies"),
         ("{% set a = 'a' %}{% set b = a * 1000000000 %}{{ b }}".into(), "5: t: line 1: "),
         ("{% set a = 'a' %}{% set b = a * 99999999 %}{{ b }}".into(), "5: t: line 1: "),
@@ -458,30 +461,57 @@ fn hostile_templates_cost_one_line() {
         ("{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = m(n.x) %}{% endfor %}".into(), "5: t: line 1: "),
         ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set n.x = [n.x] %}{% endfor %}".into(), "5: t: line 1: nests values too deeply"),
         ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set n.x = {'a': n.x} %}{% endfor %}".into(), "5: t: line 1: nests values too deeply"),
-        ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set m = namespace(y=n.x) %}{% set n.x = m %}{% endfor %}".into(), "5: t: line 1: nests values too deeply"),
-        ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set m = namespace() %}{% set m.y = n.x %}{% set n.x = m %}{% endfor %}".into(), "5: t: line 1: nests values too deeply"),
-        ("{% set n = namespace() %}{% set n.x = n %}{{ n }}".into(), "5: t: line 1: "),
-        ("{% set n = namespace() %}{% set n.x = n %}{{ n == n }}{% set m = namespace(x=n) %}{{ m | tojson }}".into(), "5: t: line 1: "),
+        ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set m = namespace(y=n.x) %}{% set n.x = m %}{% endfor %}".into(), KEEPS),
+        ("{% set n = namespace(x=1) %}{% for i in range(99999) %}{% set m = namespace() %}{% set m.y = n.x %}{% set n.x = m %}{% endfor %}".into(), KEEPS),
+        ("{% set n = namespace() %}{% set n.x = n %}{{ n }}".into(), KEEPS),
+        ("{% set n = namespace() %}{% set n.x = n %}{{ n == n }}{% set m = namespace(x=n) %}{{ m | tojson }}".into(), KEEPS),
         ("{% for i in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}".into(), "5: t: line 1: "),
         (nested_if, "5: t: line 1: "),
-        (nested_parens, "5: t: line 1: has too long an expression"),
-        (nested_lists, "5: t: line 1: has too long an expression"),
-        (nested_not, "5: t: line 1: has too long an expression"),
-        (nested_minus, "5: t: line 1: has too long an expression"),
-        (nested_minus_name, "5: t: line 1: has too long an expression"),
-        (nested_calls, "5: t: line 1: has too long an expression"),
-        (deep("-"), "2: t: refuses the messages: end"),
-        (deep("not "), "2: t: refuses the messages: end"),
-        (deep("1+"), "2: t: refuses the messages: end"),
-        (deep("y or "), "2: t: refuses the messages: end"),
-        (long_items, "5: t: line 1: has too long an expression"),
-        (long_attributes, "5: t: line 1: has too long an expression"),
-        (long_filters, "5: t: line 1: has too long an expression"),
-        (long_sum, "5: t: line 1: has too long an expression"),
-        (long_const_sum, "5: t: line 1: has too long an expression"),
-        (long_or, "5: t: line 1: has too long an expression"),
-        (long_if_else, ""),
-        (long_compare, "5: t: line 1: has too long an expression"),
+        (nested_parens, TOO_DEEP),
+        (nested_lists, TOO_DEEP),
+        (nested_not, TOO_DEEP),
+        (nested_minus, TOO_DEEP),
+        (nested_calls, TOO_DEEP),
+        (long_chain, TOO_DEEP),
+        (long_filters, TOO_DEEP),
+        (long_sum, TOO_DEEP),
+        (deep("{% if x %}{% elif y %}", "{% elif y %}", "{% endif %}"), TOO_DEEP),
+        (deep("{% if x %}", "{% for y in x %}{% if y %}", ""), "5: t: line 1: "),
+        (deep("{% set ", "(", "x"), TOO_DEEP),
+        (deep("{{ ", "1 if x else ", "1 }}"), TOO_DEEP),
+        (deep("{{ x", " is defined", " }}"), TOO_DEEP),
+        (deep("{{ x", " is not none", " }}"), TOO_DEEP),
+        (deep("{{ x", ".x", " }}"), TOO_DEEP),
+        (deep("{{ x", "()", " }}"), TOO_DEEP),
+        (deep("{{ x", "[:1]", " }}"), TOO_DEEP),
+        (deep("{{ x", " and x", " }}"), TOO_DEEP),
+        (deep("{{ 2", " ** 2", " }}"), TOO_DEEP),
+        (deep("{{ [] ", "+ []", " }}"), TOO_DEEP),
+        (deep("{{ ", "(- - - - - - ", "1 }}"), TOO_DEEP),
+        (deep("{{ ", "{1: ", "1 }}"), TOO_DEEP),
+        (deep("{{ ", "[x, ", "1 }}"), TOO_DEEP),
+        (deep("{{ ", "f(x=", "1 }}"), TOO_DEEP),
+        (deep("{% macro m(", "x=(", "1"), TOO_DEEP),
+        (deep("{% filter ", "upper|", "upper %}x{% endfilter %}"), TOO_DEEP),
+        (deep("{{ [", "1,", "] }}") + "{{ [0] }}" + &"{{ 1 }}".repeat(60_000), "5: t: line 1: is too long"),
+        (deep("{% block a %}", "{% block b %}", ""), "5: t: line 1: "),
+        ("{% set x = ('a') * 100000000 %}".into(), "5: t: line 1: multiplies"),
+        ("{% set x = 100000000 * ((1, 'a')) %}".into(), "5: t: line 1: multiplies"),
+        ("{% set x = 1 if ('a') * 100000000 else [0] * 100000000 %}".into(), "5: t: line 1: multiplies"),
+        ("{% for i in [1] %}{{ loop.cycle() }}{% endfor %}".into(), "5: t: line 1: "),
+        ("{% for i in [1] %}{{ loop.cycle(*[]) }}{% endfor %}".into(), "5: t: line 1: "),
+        ("{% set n = namespace() %}{% for i in range(99999) %}{% macro m() %}{{ n }}{% endmacro %}{% set n.x = [m] %}{% endfor %}".into(), KEEPS),
+        ("{% set n = namespace() %}{% for i in [1] %}{% set n.x = {'a': loop} %}{% endfor %}".into(), KEEPS),
+        ("{% set n = namespace(x=[1]) %}{% for i in range(99999) %}{% set n.x = n.x | reverse %}{% endfor %}{{ n.x.y.z }}".into(), "5: t: line 1: "),
+        ("{% set n = namespace(x=[1]) %}{% for i in range(99999) %}{% set n.x = n.x[:] + [] %}{% endfor %}{{ n.x.y.z }}".into(), "5: t: line 1: "),
+        ("{% set n = namespace(x=[1]) %}{% for i in range(99999) %}{% set n.x = n.x | map('upper') %}{% endfor %}{{ n.x.y.z }}".into(), "5: t: line 1: "),
+        ("{% set x = range(99999) %}{% for i in x %}{% set y = x[99998:] %}{% endfor %}".into(), "5: t: line 1: "),
+        ("{% set x = range(99999) | list %}{% for i in x %}{{ x.count(1) }}{% endfor %}".into(), "5: t: line 1: "),
+        ("{% set x = range(99999) | list %}{% for i in x %}{{ x | sort | first }}{% endfor %}".into(), "5: t: line 1: "),
+        ("{% set x = range(99999) | list %}{% for i in x %}{% if x == x or -1 in x %}{% endif %}{% endfor %}".into(), "5: t: line 1: "),
+        ("{{ messages[99999999999999999999999] ~ messages[-170141183460469231731687303715884105728] }}{{ messages[77].x }}".into(), "5: t: line 1: "),
+        ("{{ (1).__class__ }}{{ messages[0][1:2:0] }}".into(), "5: t: line 1: "),
+        ("{% set n = namespace() %}{% set m = namespace(x=n) %}{% set n.x = m %}".into(), KEEPS),
         ("{{ messages".into(), "5: t: line 1: "),
         ("\n\n{% if".into(), "5: t: line 3: "),
         ("{% include 'x' %}".into(), "5: t: line 1: "),
@@ -495,13 +525,16 @@ fn hostile_templates_cost_one_line() {
         ("{% raw %}".into(), "5: t: "),
         ("x".repeat((256 << 10) + 1), "5: t: has 262145 bytes: expected at most 262144"),
     ];
+    let mut wrong = Vec::new();
     for (source, expected) in cases {
         let (found, took) = hostile(&source);
-        let shown = &source[..source.len().min(100)];
-        assert!(found.starts_with(expected), "{shown}: {found}");
-        assert!(took < Duration::from_secs(10), "{shown}: {took:?}");
+        let shown: String = source.chars().take(100).collect();
         println!("{took:>10.1?} {found} <- {shown:?}");
+        if !found.starts_with(expected) || took > Duration::from_secs(5) {
+            wrong.push(format!("{shown}: {found}: expected {expected} at once, not after {took:?}"));
+        }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
@@ -566,6 +599,18 @@ fn pythons_way_of_printing() {
     assert_eq!(render("{{ missing | upper }}{{ ['a', 'b'] | upper }}"), "['A', 'B']");
     assert_eq!(render("{%- for c in [1, 2, 3] if c != 2 %}{{ loop.index }}{{ c }} {% endfor %}"), "11 23 ");
     assert_eq!(render("{{ ' \u{1c}x ' | trim }}|{{ 'xxax' | trim('x') }}|{{ 2 * 3 }}"), "x|a|6");
+    assert_eq!(
+        render(
+            "{% set n = [1, 2] | length %}{{ (n + 1) * 2 }} {{ 2 * (n + 1) }} {{ [3][0] * n }} {{ 'a'[0] ~ (n * n) }}"
+        ),
+        "6 6 6 a4"
+    );
+    assert_eq!(
+        render(
+            "{% set n = namespace(x=[]) %}{% for i in range(3) %}{% set n.x = n.x + [i] %}{% endfor %}{{ n.x | reverse | list }}"
+        ),
+        "[2, 1, 0]"
+    );
     assert_eq!(render("{{ strftime_now('%Y') | int > 2000 }}"), "True");
     assert_eq!(render("{%- macro f(x, y=2) -%}{{ x }}{{ y }}{%- endmacro -%}{{ f(1) }}{{ f(1, y=3) }}"), "1213");
     assert_eq!(

@@ -90,7 +90,7 @@ type Blocks<'s> = std::collections::BTreeMap<&'s str, Instructions<'s>>;
 /// Parses, compiles and puts the meter in.
 fn compile(source: &str) -> Result<(Instructions<'_>, Blocks<'_>), Failure> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failure(&e))?;
-    refuse_excess(source, &syntax)?;
+    scan(source, &syntax)?;
     let tree = parse(source, NAME, syntax).map_err(|e| failure(&e))?;
     let mut generator = CodeGenerator::new(NAME, source);
     generator.compile_stmt(&tree);
@@ -101,37 +101,127 @@ fn compile(source: &str) -> Result<(Instructions<'_>, Blocks<'_>), Failure> {
 
 const NAME: &str = "chat template";
 
-/// What would cost too much before anything is metered: the compiler computes constants, so `'a' * 100000000` is a
-/// hundred megabytes, and it looks for them again at each level of an expression, so a long one takes the square of
-/// its length.
-fn refuse_excess(source: &str, syntax: &SyntaxConfig) -> Result<(), Failure> {
-    let literal = |token: Option<&Token<'_>>| {
-        use Token::{BraceClose, BraceOpen, BracketClose, BracketOpen, ParenClose, ParenOpen, Str, String};
-        matches!(
-            token,
-            Some(Str(_) | String(_) | ParenOpen | ParenClose | BracketOpen | BracketClose | BraceOpen | BraceClose)
-        )
-    };
-    let mut before = None;
-    let mut after_star = false;
-    let mut length = 0;
+/// Levels of an expression's syntax tree, and `elif`s: parser, compiler and destructors recurse on them.
+const MAX_LEVELS: usize = 1000;
+/// Words, numbers and signs between `{{ }}` and `{% %}`; published templates have some 4,000.
+const MAX_TOKENS: usize = 1 << 17;
+
+/// An open bracket, or a whole tag.
+#[derive(Default)]
+struct Group {
+    /// A call or an index, not a value by itself.
+    postfix: bool,
+    /// Behind a `*`.
+    starred: bool,
+    /// Holds a string or a list that is not the operand of a call or an index.
+    textual: bool,
+    /// Operators since the last comma, and the deepest group among them.
+    operators: usize,
+    deepest: usize,
+    /// Levels of the deepest item before the last comma.
+    levels: usize,
+}
+
+impl Group {
+    fn end_item(&mut self) {
+        self.levels = self.levels.max(self.operators + self.deepest);
+        (self.operators, self.deepest) = (0, 0);
+    }
+}
+
+/// Refuses, before the parser sees it, a source that is nested too deeply or multiplies constant texts.
+///
+/// The parser limits brackets and blocks in each other, but not chains of operators, which are as deep to everything
+/// that walks the tree. The compiler computes constants, so `'a' * 100000000` is a hundred megabytes before anything
+/// is metered. Sources with other errors pass: the parser says it better.
+fn scan(source: &str, syntax: &SyntaxConfig) -> Result<(), Failure> {
+    let mut groups = vec![Group::default()];
+    let mut operators = 0; // in all open groups
+    let (mut tokens, mut elifs) = (0, 0);
+    let mut before = Token::BlockEnd;
+    let mut text = false;
     for token in tokenize(source, false, syntax.clone()) {
-        let Ok((token, span)) = token else { break }; // the parser says it better
-        length = if matches!(token, Token::VariableStart | Token::BlockStart) { 0 } else { length + 1 };
-        if length > TAG_TOKENS {
-            return Err(Failure::Broken("has too long an expression".into(), Some(span.start_line.into())));
+        let Ok((token, span)) = token else { break };
+        let refuse = |what: &str| Err(Failure::Broken(what.to_string(), Some(span.start_line.into())));
+        let star = matches!(before, Token::Mul);
+        let closed_text = std::mem::take(&mut text); // the token before closed a bracket with text in it
+        let Some(group) = groups.last_mut() else { break };
+        match &token {
+            Token::VariableStart | Token::BlockStart => {
+                groups = vec![Group::default()];
+                operators = 0;
+            }
+            Token::TemplateData(_)
+            | Token::VariableEnd
+            | Token::BlockEnd
+            | Token::Int(_)
+            | Token::Int128(_)
+            | Token::Float(_) => {}
+            Token::Str(_) | Token::String(_) => {
+                if star {
+                    return refuse("multiplies a text");
+                }
+                group.textual = true;
+            }
+            Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => {
+                let postfix = match before {
+                    Token::Ident(name) => !KEYWORDS.contains(&name),
+                    Token::ParenClose | Token::BracketClose | Token::BraceClose | Token::Str(_) | Token::String(_) => {
+                        true
+                    }
+                    _ => false,
+                };
+                let textual = !matches!(token, Token::ParenOpen);
+                groups.push(Group { postfix, starred: star, textual, ..Group::default() });
+            }
+            Token::ParenClose | Token::BracketClose | Token::BraceClose => {
+                let Some(mut closed) = groups.pop() else { break };
+                let Some(outer) = groups.last_mut() else { break };
+                operators -= closed.operators;
+                closed.end_item();
+                outer.deepest = outer.deepest.max(closed.levels + 1);
+                if closed.postfix {
+                    outer.operators += 1;
+                    operators += 1;
+                } else if closed.textual {
+                    if closed.starred {
+                        return refuse("multiplies a text or a list");
+                    }
+                    outer.textual = true;
+                    text = true;
+                }
+            }
+            Token::Mul if matches!(before, Token::Str(_) | Token::String(_)) => return refuse("multiplies a text"),
+            Token::Mul if closed_text => return refuse("multiplies a text or a list"),
+            Token::Comma | Token::Colon => {
+                operators -= group.operators;
+                group.end_item();
+            }
+            Token::Ident(name) if !KEYWORDS.contains(name) => {}
+            _ => {
+                if matches!(token, Token::Ident("elif")) {
+                    elifs += 1;
+                }
+                group.operators += 1;
+                operators += 1;
+            }
         }
-        if literal(Some(&token)) && after_star || matches!(token, Token::Mul) && literal(before.as_ref()) {
-            return Err(Failure::Broken(
-                "multiplies something other than numbers".into(),
-                Some(span.start_line.into()),
-            ));
+        tokens += usize::from(!matches!(token, Token::TemplateData(_)));
+        let levels = groups.last().map_or(0, |group| group.operators + group.deepest);
+        if levels.max(operators + groups.len()).max(elifs) > MAX_LEVELS {
+            return refuse("is nested too deeply");
         }
-        after_star = matches!(token, Token::Mul);
-        before = Some(token);
+        if tokens > MAX_TOKENS {
+            return refuse("is too long");
+        }
+        before = token;
     }
     Ok(())
 }
+
+/// Words that stand between values.
+const KEYWORDS: [&str; 14] =
+    ["and", "call", "do", "elif", "else", "filter", "for", "if", "in", "is", "not", "or", "set", "with"];
 
 /// A copy of `code` with the meter's filters in it. Jumps are moved to where their targets went.
 fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
@@ -158,8 +248,7 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
             | I::Lt
             | I::Lte
             | I::In
-            | I::CompareAndPreserve(_)
-            | I::SetAttr(_) => {
+            | I::CompareAndPreserve(_) => {
                 weigh(&mut group);
                 group.push(I::Swap);
                 weigh(&mut group);
@@ -168,6 +257,12 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
                     weigh(&mut group);
                 }
             }
+            // The namespace lies on top of the value.
+            I::SetAttr(_) => {
+                group.extend([I::Swap, I::ApplyFilter(KEEP, Some(1), !0), I::Swap, instruction.clone()]);
+            }
+            // `loop.cycle()` panics in minijinja, `loop.changed(x)` compares at no charge; no chat template uses them.
+            I::CallMethod("cycle" | "changed", count) => group.push(I::CallMethod("(unknown)", *count)),
             I::Slice
             | I::BuildList(_)
             | I::BuildTuple(_)
@@ -220,6 +315,7 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
 /// Filter names that no source can spell.
 const WEIGH: &str = "(weigh)";
 const GLANCE: &str = "(glance)";
+const KEEP: &str = "(keep)";
 
 /// The budget of one rendering.
 struct Meter {
@@ -239,9 +335,36 @@ impl Meter {
         Ok(())
     }
 
-    /// Pays for a text, or one unit for anything else.
+    /// Pays for a text or a list by its length, but not for what is in it, and one unit for anything else.
     fn glance(&self, value: &Value) -> Result<(), Error> {
-        self.pay(1 + (value.as_str().map_or(0, str::len) / BYTES_PER_UNIT) as u64)
+        let units = match value.as_str() {
+            Some(text) => text.len() / BYTES_PER_UNIT,
+            None => value.len().unwrap_or(0) / 8,
+        };
+        self.pay(1 + units as u64)
+    }
+
+    /// Pays for a value that a namespace is to hold. A namespace outlives the turns of a loop: with another one,
+    /// a macro or a loop in it, a template could build rings and chains that end the stack of whatever walks them.
+    fn keep(&self, value: &Value) -> Result<(), Error> {
+        fn plain(value: &Value) -> bool {
+            match value.kind() {
+                ValueKind::Seq | ValueKind::Iterable => {
+                    value.try_iter().is_ok_and(|mut items| items.all(|item| plain(&item)))
+                }
+                ValueKind::Map => {
+                    let name = value.as_object().map_or("", |object| object.type_name());
+                    !["Namespace", "Macro", "Loop", "Module"].iter().any(|type_name| name.contains(type_name))
+                        && value.try_iter().is_ok_and(|mut keys| {
+                            keys.all(|key| plain(&key) && value.get_item(&key).is_ok_and(|item| plain(&item)))
+                        })
+                }
+                ValueKind::Plain => false,
+                _ => true,
+            }
+        }
+        self.weigh(value)?;
+        if plain(value) { Ok(()) } else { Err(too_much("keeps something other than data in a namespace")) }
     }
 
     /// Pays for a value and all that is in it, each time it is in it.
@@ -291,6 +414,15 @@ impl Meter {
     }
 }
 
+/// A list instead of something that would compute one: else each use of it would cost again, and chains of them would
+/// be walked recursively.
+fn at_hand(value: Value) -> Value {
+    match value.kind() {
+        ValueKind::Iterable => value.try_iter().map(|items| items.collect::<Vec<Value>>().into()).unwrap_or(value),
+        _ => value,
+    }
+}
+
 fn too_much(what: &'static str) -> Error {
     Error::new(ErrorKind::InvalidOperation, what)
 }
@@ -304,13 +436,15 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
 
     let own = meter.clone();
     env.set_formatter(move |out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value| {
-        own.weigh(value)?; // also finds values that contain themselves
+        own.weigh(value)?;
         let text = python_text(value);
         let text = value.as_str().unwrap_or(&text);
         out.write_str(text).map_err(Error::from)
     });
     let own = meter.clone();
-    env.add_filter(WEIGH, move |value: ValueOrKwargs| own.weigh(&value).map(|()| value.into_value()));
+    env.add_filter(WEIGH, move |value: ValueOrKwargs| own.weigh(&value).map(|()| at_hand(value.into_value())));
+    let own = meter.clone();
+    env.add_filter(KEEP, move |value: Value| own.keep(&value).map(|()| value));
     let own = meter.clone();
     env.add_filter(GLANCE, move |value: ValueOrKwargs| own.glance(&value).map(|()| value.into_value()));
 
@@ -408,7 +542,7 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
         if !METHODS.contains(&method) {
             return Err(Error::from(ErrorKind::UnknownMethod));
         }
-        if value.kind() == ValueKind::String {
+        if value.kind() == ValueKind::String || method == "count" {
             let all: Vec<Value> = std::iter::once(value).chain(args).cloned().collect();
             own.weigh_call(method, &all)?;
         }
@@ -457,6 +591,7 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
     env.add_function("strftime_now", |format: &str| date(format, std::time::SystemTime::now()));
     let own = meter.clone();
     env.add_function("raise_exception", move |message: Value| -> Result<Value, Error> {
+        own.weigh(&message)?;
         let _ = own.raised.set(python_text(&message));
         Err(too_much("raised an exception"))
     });
