@@ -24,11 +24,11 @@ use machine::{Failure, Limits};
 /// The canonical format; it takes `large` (12B and up) as a variable.
 const CANONICAL: &str = include_str!("template/canonical.jinja");
 /// Published templates have 12 to 19 KB.
-const MAX_SOURCE_BYTES: usize = 256 << 10;
+const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Lists in lists of messages and tools. JSON files cannot nest deeper than 128 anyway.
 const MAX_NESTING: usize = 64;
-/// Compiling and freeing a source recurse with its length, rendering as deep as the limits allow: that happens on a
-/// thread of its own, whatever the caller has left. Only what is used of the stack becomes memory.
+/// Compiling, rendering and freeing recurse as deep as the limits allow: that happens on a thread of its own, whatever
+/// the caller has left. Only what is used of the stack becomes memory.
 const STACK_BYTES: usize = 64 << 20;
 
 /// A chat template, checked for syntax.
@@ -82,7 +82,7 @@ impl Template {
     /// A template from its source; `name` stands in front of errors.
     ///
     /// # Errors
-    /// `Invalid` when the source is longer than 256 KiB or not Jinja.
+    /// `Invalid` when the source is longer than 1 MiB or not Jinja.
     pub fn new(name: &str, source: &str) -> Result<Template> {
         if source.len() > MAX_SOURCE_BYTES {
             let bytes = source.len();

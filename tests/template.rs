@@ -403,7 +403,6 @@ fn hostile_templates_cost_one_line() {
     let nested_if = "{% if x %}".repeat(26_000);
     let nested_parens = format!("{{{{ {}1{} }}}}", "(".repeat(60_000), ")".repeat(60_000));
     let nested_lists = format!("{{{{ {}1{} }}}}", "[".repeat(60_000), "]".repeat(60_000));
-    // As long as a source may be.
     let longest = |before: &str, unit: &str, after: &str| {
         let end = "{{ raise_exception('end') }}";
         let times = ((256 << 10) - before.len() - after.len() - end.len()) / unit.len();
@@ -420,7 +419,7 @@ fn hostile_templates_cost_one_line() {
     let long_const_sum = longest("{% set x = 1", "+1", " %}");
     let long_or = longest("{% set x = y", " or y", " %}");
     let long_if_else = longest("{% if x %}", "{% elif x %}", "{% endif %}");
-    let deep = |unit: &str| format!("{{% set x = {}1 %}}{{{{ raise_exception('end') }}}}", unit.repeat(1000));
+    let thousand = |unit: &str| format!("{{% set x = {}1 %}}{{{{ raise_exception('end') }}}}", unit.repeat(1000));
     let long_compare = longest("{% set x = 1", "<1", " %}");
     let long_raw =
         format!("{{% for i in range(100000) %}}{{% set x %}}{}{{% endset %}}{{% endfor %}}", "r".repeat(900_000));
@@ -472,9 +471,19 @@ fn hostile_templates_cost_one_line() {
         (nested_not, TOO_DEEP),
         (nested_minus, TOO_DEEP),
         (nested_calls, TOO_DEEP),
-        (long_chain, TOO_DEEP),
+        (nested_minus_name, TOO_DEEP),
+        (thousand("-"), "2: t: refuses the messages: end"),
+        (thousand("not "), "2: t: refuses the messages: end"),
+        (thousand("1+"), "2: t: refuses the messages: end"),
+        (thousand("y or "), "2: t: refuses the messages: end"),
+        (long_items, TOO_DEEP),
+        (long_attributes, TOO_DEEP),
         (long_filters, TOO_DEEP),
         (long_sum, TOO_DEEP),
+        (long_const_sum, TOO_DEEP),
+        (long_or, TOO_DEEP),
+        (long_if_else, TOO_DEEP),
+        (long_compare, TOO_DEEP),
         (deep("{% if x %}{% elif y %}", "{% elif y %}", "{% endif %}"), TOO_DEEP),
         (deep("{% if x %}", "{% for y in x %}{% if y %}", ""), "5: t: line 1: "),
         (deep("{% set ", "(", "x"), TOO_DEEP),
@@ -523,7 +532,7 @@ fn hostile_templates_cost_one_line() {
         ("{{ nothing.at.all }}".into(), "5: t: line 1: "),
         ("{{ '\x1b[2J' + 1 }}".into(), "5: t: line 1: "),
         ("{% raw %}".into(), "5: t: "),
-        ("x".repeat((256 << 10) + 1), "5: t: has 262145 bytes: expected at most 262144"),
+        ("x".repeat((1 << 20) + 1), "5: t: has 1048577 bytes: expected at most 1048576"),
     ];
     let mut wrong = Vec::new();
     for (source, expected) in cases {

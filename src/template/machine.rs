@@ -24,8 +24,6 @@ use minijinja_contrib::pycompat;
 const CALL_DEPTH: usize = 32;
 /// Lists in lists in lists. Values are freed recursively, so this bounds the stack.
 const NESTING: usize = 64;
-/// Words and signs between two braces.
-const TAG_TOKENS: usize = 2048;
 /// Bytes of text that weigh as much as one list element or map entry.
 const BYTES_PER_UNIT: usize = 64;
 
@@ -102,7 +100,7 @@ fn compile(source: &str) -> Result<(Instructions<'_>, Blocks<'_>), Failure> {
 const NAME: &str = "chat template";
 
 /// Levels of an expression's syntax tree, and `elif`s: parser, compiler and destructors recurse on them.
-const MAX_LEVELS: usize = 1000;
+const MAX_LEVELS: usize = 1024;
 /// Words, numbers and signs between `{{ }}` and `{% %}`; published templates have some 4,000.
 const MAX_TOKENS: usize = 1 << 17;
 
