@@ -4,6 +4,9 @@
 //! `gemrun template`. A file is either refused by one line on stderr that names the culprit, with the documented exit
 //! code, or it works. Nothing may panic, die of a signal, take a second of processor time or 200 MB of memory, or send
 //! an escape character to the terminal.
+//!
+//! Random damage goes on for `GEMRUN_FUZZ_SECONDS`, 3 by default: `GEMRUN_FUZZ_SECONDS=3600 cargo test --release
+//! --test bad_files random` for a long look.
 
 mod common;
 mod oracle;

@@ -414,7 +414,7 @@ fn contradictory_vocabularies_are_refused_in_one_line() {
             refusal(|p| {
                 (p.tokens, p.types, p.scores) = (Vec::new(), Vec::new(), Vec::new());
             }),
-            "5: t.gguf: key tokenizer.ggml.tokens: has 0 entries: expected 1 to 16777216",
+            "5: t.gguf: key tokenizer.ggml.tokens: has 0 entries: expected 1 to 2097152",
         ),
     ];
     for (found, expected) in cases {
