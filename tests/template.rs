@@ -442,7 +442,8 @@ fn hostile_templates_cost_one_line() {
         ("{% set x = 'a' * 100000000 %}".into(), "5: t: line 1: multiplies a text"),
         ("{{ ('a' ~ 'b') * 1000 }}".into(), "5: t: line 1: multiplies"),
         ("{% set a = 'a' %}{% set b = a * 1000000000 %}{{ b }}".into(), "5: t: line 1: "),
-        ("{% set a = 'a' %}{% set b = a * 99999999 %}{{ b }}".into(), "5: t: line 1: "),
+        ("{% set a = 'a' %}{% set b = a * 99999999 %}{{ b }}".into(), "5: t: line 1: makes too large a value"),
+        ("{% set a = 'a' %}{% set b = 99999999 * a %}{{ b }}".into(), "5: t: line 1: makes too large a value"),
         ("{% set a = [1] %}{% set b = a * 99999999 %}{{ b }}".into(), "5: t: line 1: "),
         ("{% for i in range(10000000000) %}{% endfor %}".into(), "5: t: line 1: range has too many elements"),
         ("{{ 2 ** 99999999 }}".into(), "5: t: line 1: "),
@@ -610,9 +611,9 @@ fn pythons_way_of_printing() {
     assert_eq!(render("{{ ' \u{1c}x ' | trim }}|{{ 'xxax' | trim('x') }}|{{ 2 * 3 }}"), "x|a|6");
     assert_eq!(
         render(
-            "{% set n = [1, 2] | length %}{{ (n + 1) * 2 }} {{ 2 * (n + 1) }} {{ [3][0] * n }} {{ 'a'[0] ~ (n * n) }}"
+            "{% set n = [1, 2] | length %}{{ (n + 1) * 2 }} {{ 2 * (n + 1) }} {{ [3][0] * n }} {% set a = '-' %}{{ a * 3 }} {{ n * 99999999 * 99999999 }} {{ 'a'[0] ~ (n * n) }}"
         ),
-        "6 6 6 a4"
+        "6 6 6 --- 19999999600000002 a4"
     );
     assert_eq!(
         render(

@@ -10,7 +10,7 @@
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use minijinja::machinery::{
     CodeGenerator, Instruction, Instructions, Token, eval, make_string_output, parse, tokenize,
@@ -250,7 +250,12 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
                 weigh(&mut group);
                 group.push(I::Swap);
                 weigh(&mut group);
-                group.extend([I::Swap, instruction.clone()]);
+                group.push(I::Swap);
+                if matches!(instruction, I::Mul) {
+                    let factor = I::ApplyFilter(FACTOR, Some(1), !0);
+                    group.extend([factor.clone(), I::Swap, factor, I::Swap]);
+                }
+                group.push(instruction.clone());
                 if matches!(instruction, I::Add | I::Mul | I::StringConcat) {
                     weigh(&mut group);
                 }
@@ -314,17 +319,20 @@ fn metered<'s>(code: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
 const WEIGH: &str = "(weigh)";
 const GLANCE: &str = "(glance)";
 const KEEP: &str = "(keep)";
+const FACTOR: &str = "(factor)";
 
 /// The budget of one rendering.
 struct Meter {
     limits: Limits,
     units: AtomicU64, // left
     raised: OnceLock<String>,
+    /// Of the two factors of a multiplication the first that was looked at: its size, and whether it is a number.
+    factor: Mutex<Option<(u64, bool)>>,
 }
 
 impl Meter {
     fn new(limits: Limits) -> Meter {
-        Meter { limits, units: AtomicU64::new(limits.units), raised: OnceLock::new() }
+        Meter { limits, units: AtomicU64::new(limits.units), raised: OnceLock::new(), factor: Mutex::new(None) }
     }
 
     fn pay(&self, units: u64) -> Result<(), Error> {
@@ -340,6 +348,26 @@ impl Meter {
             None => value.len().unwrap_or(0) / 8,
         };
         self.pay(1 + units as u64)
+    }
+
+    /// Refuses a multiplication that would make too long a text or list before it is made. Called for both factors.
+    fn factor(&self, value: &Value) -> Result<(), Error> {
+        let number = value.kind() == ValueKind::Number;
+        let size = match value.as_str() {
+            Some(text) => text.len() as u64,
+            None if number => u64::try_from(value.clone()).unwrap_or(0), // texts cannot be repeated that often anyway
+            None => value.len().unwrap_or(0) as u64,
+        };
+        let mut first = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
+        match first.take() {
+            None => *first = Some((size, number)),
+            Some((_, true)) if number => {}
+            Some((other, _)) if size.saturating_mul(other) / BYTES_PER_UNIT as u64 > self.limits.value_units => {
+                return Err(too_much("makes too large a value"));
+            }
+            Some(_) => {}
+        }
+        Ok(())
     }
 
     /// Pays for a value that a namespace is to hold. A namespace outlives the turns of a loop: with another one,
@@ -441,6 +469,8 @@ fn environment(meter: &Arc<Meter>) -> Environment<'static> {
     });
     let own = meter.clone();
     env.add_filter(WEIGH, move |value: ValueOrKwargs| own.weigh(&value).map(|()| at_hand(value.into_value())));
+    let own = meter.clone();
+    env.add_filter(FACTOR, move |value: Value| own.factor(&value).map(|()| value));
     let own = meter.clone();
     env.add_filter(KEEP, move |value: Value| own.keep(&value).map(|()| value));
     let own = meter.clone();
