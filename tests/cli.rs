@@ -346,7 +346,7 @@ fn bench_as_json_and_csv() {
         for key in ["avg_ts", "stddev_ts", "median_ts", "bytes_per_token", "gb_per_s"] {
             assert!(result[key].as_f64().is_some_and(|value| value >= 0.0), "{key}: {result}");
         }
-        assert!(result["kernel"].is_object() && result["kv"] == "f32", "{result}");
+        assert!(result["kernel"].is_object() && result["kv"] == "f16", "{result}");
     }
     assert_eq!(ok(run(&[&flags[..], &["csv"]].concat())).lines().count(), 5);
     assert!(ok(run(&[&flags[..], &["md"]].concat())).contains("| tg4 @ d5 |"));

@@ -11,6 +11,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
+use gemrun::kv::KvType;
 use gemrun::model::Model;
 use gemrun::sample::uniform;
 use gemrun::team::Team;
@@ -110,7 +111,7 @@ impl Measured {
 
 impl Bench {
     pub fn run(self) -> Result {
-        let (kv, batch, numerics) = (self.compute.kv()?, self.compute.batch()?, self.compute.numerics()?);
+        let (kv, batch, numerics) = (self.compute.kv(KvType::F16)?, self.compute.batch()?, self.compute.numerics()?);
         if !(1..=1000).contains(&self.repetitions) {
             return Err(Error::usage(format!("repetitions: {}: expected 1 to 1000", self.repetitions)).into());
         }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
+use gemrun::kv::KvType;
 use gemrun::model::Model;
 use gemrun::sample::{all_finite, argmax};
 use gemrun::team::Team;
@@ -241,7 +242,8 @@ struct Runner {
 
 impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
-        let (kv, batch, threads, numerics) = (compute.kv()?, compute.batch()?, threads.count()?, compute.numerics()?);
+        let (kv, batch, threads, numerics) =
+            (compute.kv(KvType::F32)?, compute.batch()?, threads.count()?, compute.numerics()?);
         Ok(Runner { loaded: open::load(model, &numerics)?, team: Team::new(threads)?, kv, batch })
     }
 

@@ -39,9 +39,9 @@ pub struct Compute {
     /// Kernel (q4_0/avx2) or instruction set (avx2, scalar) to use [default: the best]
     #[arg(long, value_name = "NAME", env = "GEMRUN_KERNEL", hide_env_values = true)]
     kernel: Option<String>,
-    /// How the cache stores keys and values; f16 halves its size and rounds
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    kv: KvArg,
+    /// How the cache stores keys and values; f16 rounds them and halves its size [default: f16; for eval f32]
+    #[arg(long, value_name = "TYPE")]
+    kv: Option<KvArg>,
     /// What activations become before a matrix product: auto is what the file was made for, float the slow reference
     #[arg(long, value_name = "MODE", default_value = "auto")]
     act: ActArg,
@@ -104,13 +104,14 @@ impl Compute {
         }
     }
 
-    /// The cache's element type.
-    pub fn kv(&self) -> Result<KvType> {
+    /// The cache's element type; `usual` where none is asked for.
+    pub fn kv(&self, usual: KvType) -> Result<KvType> {
         let word = match self.kv {
-            KvArg::F32 => return Ok(KvType::F32),
-            KvArg::F16 => return Ok(KvType::F16),
-            KvArg::Int8 => "int8",
-            KvArg::Mixed => "mixed",
+            None => return Ok(usual),
+            Some(KvArg::F32) => return Ok(KvType::F32),
+            Some(KvArg::F16) => return Ok(KvType::F16),
+            Some(KvArg::Int8) => "int8",
+            Some(KvArg::Mixed) => "mixed",
         };
         Err(Error::unsupported(format!("kv: {word} is not supported: expected f32 or f16")))
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
+use gemrun::kv::KvType;
 use gemrun::registry;
 use gemrun::sample::{Sampling, random_seed};
 use gemrun::session::{self, Event, Options, Session, Usage};
@@ -106,7 +107,7 @@ impl Run {
         if self.raw && prompt.is_none() {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
-        let (kv, batch, threads) = (self.compute.kv()?, self.compute.batch()?, self.threads.count()?);
+        let (kv, batch, threads) = (self.compute.kv(KvType::F16)?, self.compute.batch()?, self.threads.count()?);
         let numerics = self.compute.numerics()?;
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
