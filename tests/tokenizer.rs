@@ -32,7 +32,11 @@ fn real() -> Option<Tokenizer> {
         println!("skipped: no {}", path.display());
         return None;
     }
-    Some(Tokenizer::open(&path).unwrap())
+    let gguf = Gguf::open(&path).unwrap();
+    let start = Instant::now();
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    println!("built in {:?}", start.elapsed());
+    Some(tokenizer)
 }
 
 #[test]

@@ -86,6 +86,7 @@ impl Vocab {
         let mask = self.merges.len() - 1;
         let mut result = 0;
         let mut joined = Vec::new();
+        let mut batch = Vec::with_capacity(64);
         for (rank, rule) in rules.enumerate() {
             let Some(left) = rule.iter().skip(1).position(|&b| b == b' ').map(|at| at + 1) else {
                 self.dropped_merges += 1;
@@ -106,12 +107,27 @@ impl Vocab {
                 };
             }
             let (a, b) = joined.split_at(left);
-            let mut row = self.pair_hash(a, b) as usize & mask;
+            let row = self.pair_hash(a, b) as usize & mask;
+            batch.push((row, Merge { rank: rank as u32, result, left: left as u32 }));
+            if batch.len() == batch.capacity() {
+                self.insert_merges(&mut batch);
+            }
+        }
+        self.insert_merges(&mut batch);
+    }
+
+    /// Rows are scattered over a table larger than most caches. Reading those of a batch first, which has no purpose of
+    /// its own, lets the waits for memory overlap.
+    fn insert_merges(&mut self, batch: &mut Vec<(usize, Merge)>) {
+        let mask = self.merges.len() - 1;
+        std::hint::black_box(batch.iter().filter(|(row, _)| self.merges[*row].result == NONE).count());
+        for (mut row, merge) in batch.drain(..) {
+            let (a, b) = self.get(merge.result).unwrap_or_default().split_at(merge.left as usize);
             while self.merges[row].result != NONE && !self.is_merge(&self.merges[row], a, b) {
                 row = (row + 1) & mask;
             }
             if self.merges[row].result == NONE {
-                self.merges[row] = Merge { rank: rank as u32, result, left: left as u32 };
+                self.merges[row] = merge;
             }
         }
     }
