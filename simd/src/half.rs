@@ -1,9 +1,11 @@
-//! IEEE half and bfloat16 as bits: conversion to and from f32, in plain integer and f32 arithmetic.
+//! IEEE half and bfloat16 as bits: conversion to and from f32, by the `half` crate's portable functions.
 //!
 //! The one idea: every conversion is exact or rounds to nearest even, and gives the same bits as the
 //! CPU's own instructions (F16C, NEON), which the faster instances use instead.
 
 #![forbid(unsafe_code)]
+
+use ::half::f16;
 
 /// The largest finite half, and what larger values saturate to.
 pub const F16_MAX: f32 = 65504.0;
@@ -11,14 +13,7 @@ pub const F16_MAX: f32 = 65504.0;
 /// The value of a half. Exact; NaN stays NaN (quieted).
 #[inline(always)]
 pub fn f16_to_f32(h: u16) -> f32 {
-    let sign = ((h & 0x8000) as u32) << 16;
-    let magnitude = (h & 0x7fff) as u32;
-    // With the exponent and mantissa moved into f32's places, the exponent is 112 too small; the
-    // multiplication repairs it and normalises subnormals on the way.
-    let scaled = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23);
-    let special = 0x7f80_0000 | magnitude << 13 | if magnitude > 0x7c00 { 0x0040_0000 } else { 0 };
-    let bits = if magnitude >= 0x7c00 { special } else { scaled.to_bits() };
-    f32::from_bits(bits | sign)
+    f16::from_bits(h).to_f32_const()
 }
 
 /// The value of a bfloat16. Exact.
@@ -31,22 +26,7 @@ pub fn bf16_to_f32(b: u16) -> f32 {
 /// NaN stays NaN.
 #[inline(always)]
 pub fn f32_to_f16(x: f32) -> u16 {
-    let sign = ((x.to_bits() >> 16) & 0x8000) as u16;
-    let magnitude = x.to_bits() & 0x7fff_ffff;
-    if magnitude > 0x7f80_0000 {
-        return sign | 0x7e00 | ((magnitude >> 13) & 0x3ff) as u16;
-    }
-    let limited = if magnitude > F16_MAX.to_bits() { F16_MAX.to_bits() } else { magnitude };
-    let h = if limited < (127 - 14) << 23 {
-        // Subnormal half, or zero: adding 0.5 leaves exactly 24 fraction bits of weight 2^-24, so the
-        // f32 addition itself rounds to nearest even.
-        (f32::from_bits(limited) + 0.5).to_bits() - 0.5f32.to_bits()
-    } else {
-        // Re-bias the exponent and round away 13 mantissa bits; a carry moves into the exponent.
-        let odd = (limited >> 13) & 1;
-        (limited - ((127 - 15) << 23) + 0xfff + odd) >> 13
-    };
-    sign | h as u16
+    f16::from_f32_const(x.clamp(-F16_MAX, F16_MAX)).to_bits()
 }
 
 #[cfg(test)]

@@ -11,9 +11,9 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
+use super::Result;
 use super::run::{Talk, Wait, history_file, reset, tool_call};
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{End, Result};
 
 const HELP: &str = "\
 /help            this list
@@ -333,7 +333,7 @@ impl Input {
                         }
                     }
                 }
-                Err(ReadlineError::Interrupted) if interrupted => return Err(End::Interrupted),
+                Err(ReadlineError::Interrupted) if interrupted => return Err(super::interrupted()),
                 Err(ReadlineError::Interrupted) => {
                     // An unfinished block is dropped; at an empty prompt the next one leaves.
                     interrupted = message.is_empty();
@@ -360,8 +360,8 @@ impl Input {
     }
 }
 
-fn failed(error: &ReadlineError) -> End {
-    End::Error(gemrun::Error::new(gemrun::Kind::Other, format!("standard input: {error}")))
+fn failed(error: &ReadlineError) -> anyhow::Error {
+    gemrun::Error::new(gemrun::Kind::Other, format!("standard input: {error}")).into()
 }
 
 /// A message between `"""` and `"""`.

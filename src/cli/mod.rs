@@ -1,7 +1,7 @@
 //! The command line: what can be asked for, and how a command ends.
 //!
-//! One file per command. Standard output carries data, standard error talks to people. A command ends with an
-//! [`End`]: an error becomes one line and its exit code, a closed pipe is a quiet success, an interrupt is 130.
+//! One file per command. Standard output carries data, standard error talks to people. An error
+//! becomes one line and its exit code, a closed pipe is a quiet success, an interrupt is a quiet 130.
 
 mod bench;
 mod chat;
@@ -55,36 +55,13 @@ enum Command {
     Bench(bench::Bench),
 }
 
-/// Why a command stopped before it was done.
-pub enum End {
-    /// Something is wrong: one line, and the error's exit code.
-    Error(Error),
-    /// Nobody reads standard output any more: success, silently.
-    Pipe,
-    /// The user stopped it.
-    Interrupted,
-}
+/// What a command returns. An error in it is a [`gemrun::Error`], or the [`io::Error`] of a write to standard output:
+/// only those may use `?`, files go through [`Error::io`], which knows their name.
+pub type Result<T = ()> = anyhow::Result<T>;
 
-/// What a command returns.
-pub type Result<T = ()> = std::result::Result<T, End>;
-
-impl From<Error> for End {
-    fn from(error: Error) -> End {
-        match error.kind() {
-            Kind::Interrupted => End::Interrupted,
-            _ => End::Error(error),
-        }
-    }
-}
-
-/// Only writing to standard output may use `?` on an I/O error; files go through [`Error::io`], which knows their name.
-impl From<io::Error> for End {
-    fn from(error: io::Error) -> End {
-        match error.kind() {
-            io::ErrorKind::BrokenPipe => End::Pipe,
-            _ => End::Error(Error::io(std::path::Path::new("standard output"), &error)),
-        }
-    }
+/// The user stopped it.
+fn interrupted() -> anyhow::Error {
+    Error::new(Kind::Interrupted, "interrupted").into()
 }
 
 /// Parses the arguments, runs the command, reports how it ended.
@@ -92,17 +69,24 @@ pub fn main() -> ExitCode {
     let end = match Cli::try_parse() {
         Ok(cli) => run(cli.command),
         // Help and version come as errors too.
-        Err(help) if !help.use_stderr() => help.print().map_err(End::from),
+        Err(help) if !help.use_stderr() => help.print().map_err(Into::into),
         Err(usage) => Err(Error::usage(one_line(&usage.render().to_string())).into()),
     };
-    match end {
-        Ok(()) | Err(End::Pipe) => ExitCode::SUCCESS,
-        Err(End::Interrupted) => ExitCode::from(130),
-        Err(End::Error(error)) => {
-            terminal::error(&error);
-            ExitCode::from(error.exit_code())
-        }
+    end.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
+}
+
+/// Tells people what went wrong, in one line; the exit code of it.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let error = match (error.downcast_ref::<Error>(), error.downcast_ref::<io::Error>()) {
+        (Some(error), _) => error.clone(),
+        (None, Some(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
+        (None, Some(error)) => Error::io(std::path::Path::new("standard output"), error),
+        (None, None) => Error::new(Kind::Other, error.to_string()),
+    };
+    if error.kind() != Kind::Interrupted {
+        terminal::error(&error);
     }
+    ExitCode::from(error.exit_code())
 }
 
 /// What is wrong according to clap, without its paragraphs on usage.

@@ -23,7 +23,7 @@ use serde_json::json;
 
 use super::open::{self, Compute, Loaded, Threads};
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{End, Result, chat, machine, text};
+use super::{Result, chat, machine, text};
 
 /// Chat with a model, or answer one prompt
 #[derive(Args)]
@@ -291,7 +291,7 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
     writeln!(out)?;
     out.flush()?;
     match reply.end {
-        session::End::Interrupted => Err(End::Interrupted),
+        session::End::Interrupted => Err(super::interrupted()),
         session::End::Context => {
             let context = talk.session.options().context;
             eprintln_quietly(format_args!("note: the context of {context} tokens is full; see --ctx"));
