@@ -1548,7 +1548,7 @@ fn while_running(harm: impl FnOnce(&File)) -> (ExitStatus, String) {
     parts.set_u32("gemma4.context_length", 1 << 20);
     fs::write(&path, parts.bytes()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_gemrun"));
-    command.args(["run", "bad.gguf", "the", "--raw", "--ignore-eos", "-n", "20000", "-c", "30000", "-t", "2"]);
+    command.args(["run", "bad.gguf", "the", "--raw", "--ignore-eos", "-n", "6000", "-c", "30000", "-t", "2"]);
     command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
