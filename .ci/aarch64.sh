@@ -4,14 +4,11 @@
 # Prefers rustup's own target with qemu-user; where that target cannot be had, a cross toolchain made from
 # distribution packages.
 # shellcheck shell=bash
-have() { command -v "$1" >/dev/null 2>&1; }
 
 if rustup target add aarch64-unknown-linux-musl >/dev/null 2>&1; then
     # The compiler is for the C of a benchmark dependency; the product has none.
-    if ! have qemu-aarch64 || ! have aarch64-linux-gnu-gcc; then
-        install() { apt-get install -y -q --no-install-recommends qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross >/dev/null 2>&1; }
-        install || { apt-get update -q >/dev/null && install; }
-    fi
+    packages qemu-aarch64 qemu-user
+    packages aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu libc6-dev-arm64-cross
     export CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc AR_aarch64_unknown_linux_musl=aarch64-linux-gnu-ar
     a64_run() { local cpu=${A64_CPU:-max}; [ "$cpu" = max ] && cpu=max,pauth-impdef=on; qemu-aarch64 -cpu "$cpu" "$@"; }
     a64_cargo() {
