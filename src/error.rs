@@ -21,6 +21,8 @@ pub enum Kind {
     Invalid,
     /// A valid request this build or CPU cannot serve: an architecture, a tensor format, a kernel. Exit code 6.
     Unsupported,
+    /// This CPU or build computes something else than it should. Exit code 10.
+    SelfTest,
     /// Stopped by the user. Exit code 130.
     Interrupted,
 }
@@ -89,6 +91,7 @@ impl Error {
             Kind::Memory => 4,
             Kind::Invalid => 5,
             Kind::Unsupported => 6,
+            Kind::SelfTest => 10,
             Kind::Interrupted => 130,
         }
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 /// A run of the program, away from the user's settings.
 fn gemrun(arguments: &[&str]) -> Command {
@@ -365,6 +366,43 @@ fn perplexity_and_divergence_as_json() {
     assert_eq!((same["kl_mean"].as_f64(), same["top1"].as_f64(), &same["ppl"]), (Some(0.0), Some(1.0), &ppl["ppl"]));
     let other = json(piped(&[&flags[..], &["--base-act", "float"]].concat(), text.as_bytes()));
     assert!(other["kl_mean"].as_f64().unwrap() > 0.0 && other["ppl"] != other["ppl_base"], "{other}");
+}
+
+#[test]
+fn a_self_test_passes_and_its_hash_is_that_of_the_logits() {
+    let report = json(run(&["selftest", "--json"]));
+    assert_eq!(keys(&report)[..2], ["kernels", "logits_hash"]);
+    let kernels = report["kernels"].as_array().unwrap();
+    let supported = gemrun_simd::KERNELS.iter().filter(|kernel| kernel.supported());
+    for name in supported.map(|kernel| kernel.name()) {
+        assert!(kernels.contains(&serde_json::json!({"name": name, "ok": true})), "{name}: {report}");
+    }
+    assert_eq!((&report["ok"], &report["logits_hash"]), (&true.into(), &report["expected_logits_hash"]));
+
+    // The hash can be had in another way, from the text in the source.
+    let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/selftest.rs")).unwrap();
+    let text = source.split("const TEXT: &str = \"").nth(1).unwrap().split('"').next().unwrap();
+    let text: String = text.split("\\\n").map(str::trim_start).collect();
+    let tokens = ok(run(&["tokenize", "demo", "--bos", &text])).trim().replace(' ', ",");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("logits");
+    ok(run(&["eval", "logits", "demo", "--tokens", &tokens, "--kv", "f16", "-o", file.to_str().unwrap()]));
+    let hash: String = Sha256::digest(std::fs::read(file).unwrap()).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(report["logits_hash"], hash);
+}
+
+#[test]
+fn a_self_test_keeps_to_the_kernel_and_threads_asked_for() {
+    let scalar = json(run(&["selftest", "--json", "--kernel", "scalar", "-t", "2"]));
+    let names = |key: &str| -> Vec<&str> {
+        scalar[key].as_array().unwrap().iter().map(|check| check["name"].as_str().unwrap()).collect()
+    };
+    assert!(names("kernels").iter().all(|name| name.ends_with("/scalar")), "{scalar}");
+    assert!(names("logits").iter().all(|name| name.starts_with("logits/scalar -t 2 ")), "{scalar}");
+    let text =
+        ok(gemrun(&["selftest"]).env("GEMRUN_KERNEL", "q4_0/scalar").env("GEMRUN_THREADS", "1").output().unwrap());
+    assert!(text.contains("scalar    1 format") && text.contains("All bits are right"), "{text}");
+    assert!(error(run(&["selftest", "--kernel", "abacus"]), 6).starts_with("kernel: abacus: no such kernel"));
 }
 
 #[test]

@@ -13,6 +13,7 @@
 //! | `half.rs` | IEEE halves and bfloat16 as bits |
 //! | `scalar.rs` | the reference kernels |
 //! | `avx2.rs` | kernels for x86-64 with AVX2, FMA and F16C |
+//! | `selftest.rs` | the same products for every kernel, and what must come out |
 //!
 //! It knows nothing of files, models or threads. To add a format, give `format.rs` its decoder and the
 //! tables below a line; to add an ISA, add an [`Isa`], a file of kernels, its lines in [`KERNELS`] and
@@ -22,6 +23,7 @@ pub mod acts;
 pub mod format;
 pub mod half;
 mod scalar;
+pub mod selftest;
 mod tile;
 pub mod vec;
 

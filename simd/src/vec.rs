@@ -465,6 +465,9 @@ macro_rules! table {
         }
 
         impl Ops {
+            /// The names of its functions.
+            pub const NAMES: &[&str] = &[$(stringify!($name)),*];
+
             $(
                 $(#[doc = $doc])*
                 #[inline]

@@ -4,121 +4,23 @@ mod common;
 
 use common::{Rng, same};
 use gemrun_simd::half::{f16_to_f32, f32_to_f16};
-use gemrun_simd::{ActsBuf, Isa, Ops, ops, vec};
+use gemrun_simd::{ActsBuf, Isa, ops, selftest, vec};
 
-/// Values of all magnitudes f32 activations have, with the odd zero.
-fn values(rng: &mut Rng, n: usize) -> Vec<f32> {
-    let value = |rng: &mut Rng| match rng.byte() % 16 {
-        0 => 0.0,
-        1 => -0.0,
-        2 => 1000.0 * rng.unit(),
-        3 => 1e-20 * rng.unit(),
-        _ => 5.0 * rng.unit(),
-    };
-    (0..n).map(|_| value(rng)).collect()
-}
-
-fn halves(rng: &mut Rng, n: usize) -> Vec<u16> {
-    values(rng, n).into_iter().map(f32_to_f16).collect()
-}
-
-/// Runs `f` on every supported ISA for lengths around the 8 of a vector, the 32 lanes, and beyond, and compares all
-/// results with those of the scalar instance.
-fn on_every_isa(what: &str, f: impl Fn(&Ops, usize, &mut Rng) -> Vec<f32>) {
-    for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
-        for n in (0..200).chain([255, 256, 257, 1536, 6145]) {
-            let want = f(ops(Isa::Scalar), n, &mut Rng(n as u64));
-            let got = f(ops(isa), n, &mut Rng(n as u64));
-            assert_eq!(want.len(), got.len());
-            for (i, (want, got)) in want.iter().zip(&got).enumerate() {
-                assert!(same(*want, *got), "{what}/{}: {n} elements, {i}: {got}, expected {want}", isa.name());
+/// Every function on every supported ISA for lengths around the 8 of a vector, the 32 lanes, and beyond.
+#[test]
+fn every_isa_agrees_with_the_scalar_one() {
+    for (what, f) in selftest::FUNCTIONS {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            for n in (0..200).chain([255, 256, 257, 1536, 6145]) {
+                let want = f(ops(Isa::Scalar), n, &mut Rng(n as u64));
+                let got = f(ops(isa), n, &mut Rng(n as u64));
+                assert_eq!(want.len(), got.len());
+                for (i, (want, got)) in want.iter().zip(&got).enumerate() {
+                    assert!(same(*want, *got), "{what}/{}: {n} elements, {i}: {got}, expected {want}", isa.name());
+                }
             }
         }
     }
-}
-
-fn bytes(w: &[u16]) -> Vec<u8> {
-    w.iter().flat_map(|w| w.to_le_bytes()).collect()
-}
-
-#[test]
-fn sums_agree() {
-    on_every_isa("dot", |ops, n, rng| vec![ops.dot(&values(rng, n), &values(rng, n))]);
-    on_every_isa("dot_f16", |ops, n, rng| vec![ops.dot_f16(&values(rng, n), &halves(rng, n))]);
-    on_every_isa("dot_f16_bytes", |ops, n, rng| vec![ops.dot_f16_bytes(&bytes(&halves(rng, n)), &values(rng, n))]);
-    on_every_isa("dot_bf16_bytes", |ops, n, rng| vec![ops.dot_bf16_bytes(&bytes(&halves(rng, n)), &values(rng, n))]);
-    on_every_isa("dot_f32_bytes", |ops, n, rng| {
-        let w: Vec<u8> = values(rng, n).iter().flat_map(|w| w.to_le_bytes()).collect();
-        vec![ops.dot_f32_bytes(&w, &values(rng, n))]
-    });
-}
-
-#[test]
-fn elementwise_functions_agree() {
-    on_every_isa("add", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.add(&mut x, &values(rng, n));
-        x
-    });
-    on_every_isa("scale", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.scale(&mut x, rng.unit());
-        x
-    });
-    on_every_isa("axpy", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.axpy(&mut x, rng.unit(), &values(rng, n));
-        x
-    });
-    on_every_isa("axpy_f16", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.axpy_f16(&mut x, rng.unit(), &halves(rng, n));
-        x
-    });
-    on_every_isa("gelu_mul", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.gelu_mul(&mut x, &values(rng, n));
-        x
-    });
-    on_every_isa("softcap", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.softcap(&mut x, 30.0);
-        x
-    });
-    on_every_isa("rope", |ops, n, rng| {
-        let mut x = values(rng, 2 * n);
-        ops.rope(&mut x, &values(rng, n), &values(rng, n));
-        x
-    });
-    on_every_isa("store_f16", |ops, n, rng| {
-        let mut out = vec![0; n];
-        ops.store_f16(&mut out, &values(rng, n));
-        out.into_iter().map(f16_to_f32).collect()
-    });
-}
-
-#[test]
-fn norms_and_softmax_agree() {
-    on_every_isa("rms_norm", |ops, n, rng| {
-        let mut out = vec![0.0; n];
-        ops.rms_norm(&mut out, &values(rng, n), Some(&values(rng, n)), 1e-6);
-        out
-    });
-    on_every_isa("rms_norm without weight", |ops, n, rng| {
-        let mut out = vec![0.0; n];
-        ops.rms_norm(&mut out, &values(rng, n), None, 1e-6);
-        out
-    });
-    on_every_isa("rms_norm_in_place", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.rms_norm_in_place(&mut x, Some(&values(rng, n)), 1e-6);
-        x
-    });
-    on_every_isa("softmax", |ops, n, rng| {
-        let mut x = values(rng, n);
-        ops.softmax(&mut x);
-        x
-    });
 }
 
 #[test]
@@ -141,7 +43,7 @@ fn activations_agree() {
     let mut rng = Rng(7);
     for groups in [1, 2, 3, 7, 48, 191] {
         let n = 32 * groups;
-        let mut x = values(&mut rng, n);
+        let mut x = rng.values(n);
         for (i, odd) in [f32::NAN, f32::INFINITY, f32::MAX, 1e-31, 1e-45, -0.0].into_iter().enumerate() {
             // A group each, where there are enough.
             if groups > 7 {
@@ -201,7 +103,7 @@ fn against_f64() {
     let ops = ops(Isa::best());
     let mut rng = Rng(8);
     for n in [1, 5, 31, 32, 33, 64, 100, 1536] {
-        let (x, y) = (values(&mut rng, n), values(&mut rng, n));
+        let (x, y) = (rng.values(n), rng.values(n));
         let pairs = || x.iter().zip(&y).map(|(x, y)| *x as f64 * *y as f64);
         let size: f64 = pairs().map(f64::abs).sum();
         close(ops.dot(&x, &y), pairs().sum(), 1e-5 * size, "dot");

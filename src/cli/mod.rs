@@ -9,6 +9,7 @@ mod eval;
 mod machine;
 mod open;
 mod run;
+mod selftest;
 mod show;
 mod template;
 mod terminal;
@@ -37,7 +38,7 @@ use gemrun::{Error, Kind};
         GEMRUN_KERNEL   default of --kernel\n  \
         NO_COLOR        no colours if set\n\n\
         Exit codes: 0 ok, 1 other failure, 2 usage, 3 not found, 4 does not fit in memory, 5 invalid file,\n\
-        6 unsupported CPU, format or architecture, 130 interrupted"
+        6 unsupported CPU, format or architecture, 10 self-test failed, 130 interrupted"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -53,6 +54,7 @@ enum Command {
     Template(template::Template),
     Eval(eval::Eval),
     Bench(bench::Bench),
+    Selftest(selftest::Selftest),
 }
 
 /// What a command returns. An error in it is a [`gemrun::Error`], or the [`io::Error`] of a write to standard output:
@@ -108,6 +110,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Template(template)) => template.run(),
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
+        Some(Command::Selftest(selftest)) => selftest.run(),
     }
 }
 

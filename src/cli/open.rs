@@ -33,12 +33,29 @@ impl Threads {
     }
 }
 
-/// How to compute. Only `--kv` and `--act` can change a result; the others change its speed.
+/// `--kernel`, which never changes a result.
 #[derive(Args, Clone)]
-pub struct Compute {
+pub struct KernelName {
     /// Kernel (q4_0/avx2) or instruction set (avx2, scalar) to use [default: the best]
     #[arg(long, value_name = "NAME", env = "GEMRUN_KERNEL", hide_env_values = true)]
     kernel: Option<String>,
+}
+
+impl KernelName {
+    /// The kernels to run.
+    pub fn choice(&self) -> Result<gemrun_simd::Choice> {
+        match self.kernel.as_deref() {
+            None | Some("") => Ok(gemrun_simd::Choice::default()),
+            Some(name) => gemrun_simd::find(name).map_err(|e| Error::unsupported(format!("kernel: {e}"))),
+        }
+    }
+}
+
+/// How to compute. Only `--kv` and `--act` can change a result; the others change its speed.
+#[derive(Args, Clone)]
+pub struct Compute {
+    #[command(flatten)]
+    kernel: KernelName,
     /// How the cache stores keys and values; f16 rounds them and halves its size [default: f16; for eval f32]
     #[arg(long, value_name = "TYPE")]
     kv: Option<KvArg>,
@@ -123,11 +140,7 @@ impl Compute {
 
     /// Kernel choice and activation mode.
     pub fn numerics(&self) -> Result<Numerics> {
-        let kernel = match self.kernel.as_deref() {
-            None | Some("") => gemrun_simd::Choice::default(),
-            Some(name) => gemrun_simd::find(name).map_err(|e| Error::unsupported(format!("kernel: {e}")))?,
-        };
-        Ok(Numerics { act: self.act.act(), kernel })
+        Ok(Numerics { act: self.act.act(), kernel: self.kernel.choice()? })
     }
 }
 

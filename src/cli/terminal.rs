@@ -24,6 +24,12 @@ impl Style {
         Style { on: std::io::stderr().is_terminal() && colours_allowed() }
     }
 
+    /// No colours, whatever the output is.
+    #[cfg(test)]
+    pub fn none() -> Style {
+        Style { on: false }
+    }
+
     /// Starts faint text.
     pub fn dim(self) -> &'static str {
         if self.on { "\x1b[2m" } else { "" }
