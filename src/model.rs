@@ -358,7 +358,8 @@ impl Loader<'_> {
     fn format(&self, name: &str, tensor: &Tensor) -> Result<Format> {
         Format::from_ggml(tensor.type_id).ok_or_else(|| {
             let kind = tensor.type_name();
-            let known = Format::ALL.map(Format::name).join(" ");
+            let known: Vec<_> = Format::ALL.into_iter().filter(|f| f.ggml_id().is_some()).map(Format::name).collect();
+            let known = known.join(" ");
             let file = self.gguf.name();
             Error::unsupported(format!("{file}: tensor {name}: type {kind} is not supported: expected one of {known}"))
         })

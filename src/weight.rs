@@ -121,7 +121,7 @@ pub fn multiply<const N: usize>(team: &Team, x: &Acts, weights: [&Weight; N], ou
     team.tiles(jobs, |which, rows, mut tile| {
         let weight = weights[which];
         let bytes = &weight.bytes[rows.start * weight.row_bytes..rows.end * weight.row_bytes];
-        weight.kernel.matmul(bytes, x, &mut tile);
+        weight.kernel.matmul(bytes.into(), x, &mut tile);
     });
 }
 

@@ -29,7 +29,7 @@ fn kernels(c: &mut Criterion) {
             let mut out = vec![0.0; tokens * rows];
             group.throughput(Throughput::Elements((rows * COLS * tokens) as u64));
             group.bench_function(BenchmarkId::from_parameter(kernel.name()), |b| {
-                b.iter(|| kernel.matmul(&w, &x, &mut Tile::whole(&mut out, rows)));
+                b.iter(|| kernel.matmul((&w[..]).into(), &x, &mut Tile::whole(&mut out, rows)));
             });
         }
         group.finish();

@@ -1,4 +1,5 @@
-//! Activations as the kernels read them: the f32 rows, and the same rounded to int8 in groups of 32.
+//! Activations as the kernels read them: the f32 rows, and the same rounded to int8: in groups of 32, or by one scale
+//! that the model's file gives.
 //!
 //! The one idea: integers are x / scale rounded half to even, within ±127, with the same bits on every ISA. What is
 //! left to choose is the scale. amax / 127 is the obvious one; trying a few slightly larger ones and keeping the one whose
@@ -31,9 +32,9 @@ pub struct Acts<'a> {
     pub cols: usize,
     /// The activations themselves, for float formats. (tokens, cols)
     pub x: &'a [f32],
-    /// Rounded to integers within ±127; empty if not quantised. (tokens, cols)
+    /// Rounded to integers within ±127, or −128..=127 by a static scale; empty if not quantised. (tokens, cols)
     pub q: &'a [i8],
-    /// What a unit of `q` is worth; empty if not quantised. (tokens, cols/32)
+    /// What a unit of `q` is worth; empty if not quantised. (tokens, cols/32), or (tokens) for channel-wise formats.
     pub scale: &'a [f32],
     /// Sums of 16 consecutive `q`; empty if not quantised. (tokens, cols/16)
     pub sums: &'a [i16],
@@ -55,6 +56,22 @@ impl ActsBuf {
     pub fn quantize<'a>(&'a mut self, ops: &Ops, x: &'a [f32], cols: usize) -> Acts<'a> {
         self.rows(x.len(), cols).quantize(ops, x);
         self.acts(x, cols)
+    }
+
+    /// Rounds all rows of `x` (tokens, cols) by one static `scale`, for channel-wise formats: x / scale, half to even, within
+    /// −128..=127. An infinite or NaN activation makes its token's scale NaN, so that it is not lost.
+    ///
+    /// # Panics
+    /// As [`ActsBuf::quantize`].
+    pub fn quantize_static<'a>(&'a mut self, ops: &Ops, x: &'a [f32], cols: usize, scale: f32) -> Acts<'a> {
+        let rows = self.rows(x.len(), cols);
+        for (t, x) in x.chunks_exact(cols).enumerate() {
+            let range = t * cols..(t + 1) * cols;
+            let sums = &mut rows.sums[range.start / 16..range.end / 16];
+            let finite = ops.quantize_static(x, scale, &mut rows.q[range], sums);
+            rows.scale[t] = if finite { scale } else { f32::NAN };
+        }
+        self.acts_static(x, cols)
     }
 
     /// Room for `elems` = tokens·cols activations, to be filled row range by row range and then read
@@ -83,6 +100,11 @@ impl ActsBuf {
     pub fn acts<'a>(&'a self, x: &'a [f32], cols: usize) -> Acts<'a> {
         let n = x.len();
         Acts { tokens: n / cols, cols, x, q: &self.q[..n], scale: &self.scale[..n / 32], sums: &self.sums[..n / 16] }
+    }
+
+    /// The same after [`ActsBuf::quantize_static`].
+    pub fn acts_static<'a>(&'a self, x: &'a [f32], cols: usize) -> Acts<'a> {
+        Acts { scale: &self.scale[..x.len() / cols], ..self.acts(x, cols) }
     }
 }
 

@@ -12,7 +12,8 @@
 
 use crate::half::{bf16_to_f32, f16_to_f32};
 
-/// A number format this crate can multiply with. The discriminant is ggml's type id.
+/// A number format this crate can multiply with. The discriminant is ggml's type id, or above all of them for formats
+/// that ggml does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 #[allow(missing_docs)] // the variants are ggml's names
@@ -37,6 +38,12 @@ pub enum Format {
     Mxfp4 = 39,
     Q1_0 = 41,
     Q2_0 = 42,
+    /// Ours: 2-bit weights with one scale a row, as the mobile checkpoints store them.
+    W2C = 0x1_0002,
+    /// Ours: 4-bit weights with one scale a row.
+    W4C = 0x1_0004,
+    /// Ours: 8-bit weights with one scale a row.
+    W8C = 0x1_0008,
 }
 
 /// ggml's type table, indexed by id: name, elements a block, bytes a block. Removed ids have no name.
@@ -94,7 +101,7 @@ pub fn ggml_type_name(id: u32) -> Option<(&'static str, usize, usize)> {
 
 impl Format {
     /// Every format, in the order of the ids.
-    pub const ALL: [Format; 20] = [
+    pub const ALL: [Format; 23] = [
         Format::F32,
         Format::F16,
         Format::Q4_0,
@@ -115,31 +122,50 @@ impl Format {
         Format::Mxfp4,
         Format::Q1_0,
         Format::Q2_0,
+        Format::W2C,
+        Format::W4C,
+        Format::W8C,
     ];
 
     /// The format with this ggml type id, if this crate can multiply with it.
     pub fn from_ggml(id: u32) -> Option<Format> {
-        Format::ALL.into_iter().find(|f| f.ggml_id() == id)
+        Format::ALL.into_iter().find(|f| f.ggml_id() == Some(id))
     }
 
-    /// ggml's type id, as stored in a GGUF tensor table.
-    pub const fn ggml_id(self) -> u32 {
-        self as u32
+    /// ggml's type id, as stored in a GGUF tensor table; `None` for formats that ggml does not have.
+    pub const fn ggml_id(self) -> Option<u32> {
+        if self.is_channel() { None } else { Some(self as u32) }
     }
 
-    /// The name as ggml spells it: `Q4_0`, `Q6_K`, `IQ4_NL`.
+    /// Name, elements a block, bytes a block.
+    const fn row(self) -> (&'static str, usize, usize) {
+        match self {
+            Format::W2C => ("W2C", 32, 8),
+            Format::W4C => ("W4C", 32, 16),
+            Format::W8C => ("W8C", 32, 32),
+            _ => GGML_TYPES[self as usize],
+        }
+    }
+
+    /// The name as ggml spells it (`Q4_0`, `Q6_K`, `IQ4_NL`), or ours.
     pub const fn name(self) -> &'static str {
-        GGML_TYPES[self as usize].0
+        self.row().0
     }
 
     /// Weights in a block; 1 for the float formats, otherwise a multiple of 32.
     pub const fn block_elems(self) -> usize {
-        GGML_TYPES[self as usize].1
+        self.row().1
     }
 
     /// Bytes in a block.
     pub const fn block_bytes(self) -> usize {
-        GGML_TYPES[self as usize].2
+        self.row().2
+    }
+
+    /// W2C, W4C and W8C: integers only, with a scale a row beside them, to be multiplied with activations that have one
+    /// scale a token.
+    pub const fn is_channel(self) -> bool {
+        matches!(self, Format::W2C | Format::W4C | Format::W8C)
     }
 
     /// Bytes of a row of `cols` weights; `None` if `cols` is not a whole number of blocks or the
@@ -158,7 +184,8 @@ impl Format {
     }
 
     /// Writes the exact f32 values of a row of weights. The scale products `d·s` and `dmin·m` are
-    /// rounded first, then multiplied by `q`, then the minimum is subtracted.
+    /// rounded first, then multiplied by `q`, then the minimum is subtracted. Of a channel-wise format: the integers,
+    /// still to be multiplied by the row's scale.
     ///
     /// # Panics
     /// If `bytes` is not exactly `self.row_bytes(out.len())` long.
@@ -198,6 +225,9 @@ impl Format {
             Format::Mxfp4 => unpack::<Mxfp4>(bytes, out),
             Format::Q1_0 => unpack::<Q1_0>(bytes, out),
             Format::Q2_0 => unpack::<Q2_0>(bytes, out),
+            Format::W2C => unpack::<W2C>(bytes, out),
+            Format::W4C => unpack::<W4C>(bytes, out),
+            Format::W8C => unpack::<W8C>(bytes, out),
         }
     }
 }
@@ -682,7 +712,18 @@ impl Block for Tq2_0 {
 }
 
 /// The 16 values of MXFP4: E2M1, doubled so that they are integers.
-pub(crate) const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// The same plus MXFP4's bias.
+pub(crate) const E2M1_PLUS_12: [i8; 16] = {
+    let mut table = E2M1;
+    let mut i = 0;
+    while i < 16 {
+        table[i] += 12;
+        i += 1;
+    }
+    table
+};
 
 /// u8 exponent; 16 bytes of nibbles that index E2M1. Scale 2^(e − 128), which for e < 2 is subnormal.
 pub struct Mxfp4;
@@ -740,6 +781,57 @@ impl Block for Q2_0 {
     fn scales(block: &[u8], _: usize, half: impl Fn(u16) -> f32 + Copy) -> Scales {
         let b = fixed::<18>(block);
         Scales::one(f16_at(b, 0, half))
+    }
+}
+
+/// 8 bytes of 2-bit weights, least significant first. Weight q − 2: −2, −1, 0, 1.
+pub struct W2C;
+impl Block for W2C {
+    const FORMAT: Format = Format::W2C;
+    const BIAS: i32 = 2;
+    const SPAN: i32 = 3;
+    #[inline(always)]
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
+        let b = fixed::<8>(block);
+        each(|i| ((b[i / 4] >> (2 * (i % 4))) & 3) as i8 - 2)
+    }
+    #[inline(always)]
+    fn scales(_: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
+        Scales::one(1.0)
+    }
+}
+
+/// 16 bytes of nibbles, low ones first: weight 2i and 2i + 1 in byte i. Weight q − 8.
+pub struct W4C;
+impl Block for W4C {
+    const FORMAT: Format = Format::W4C;
+    const BIAS: i32 = 8;
+    const SPAN: i32 = 15;
+    #[inline(always)]
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
+        let b = fixed::<16>(block);
+        each(|i| ((b[i / 2] >> (4 * (i % 2))) & 15) as i8 - 8)
+    }
+    #[inline(always)]
+    fn scales(_: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
+        Scales::one(1.0)
+    }
+}
+
+/// 32 × i8.
+pub struct W8C;
+impl Block for W8C {
+    const FORMAT: Format = Format::W8C;
+    const BIAS: i32 = 128;
+    const SPAN: i32 = 255;
+    #[inline(always)]
+    fn weights(block: &[u8], _: usize) -> [i8; 32] {
+        let b = fixed::<32>(block);
+        each(|i| b[i] as i8)
+    }
+    #[inline(always)]
+    fn scales(_: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
+        Scales::one(1.0)
     }
 }
 

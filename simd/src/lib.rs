@@ -1,4 +1,4 @@
-//! Dot-product kernels for the block formats of GGUF files, and the f32 arithmetic around them.
+//! Dot-product kernels for the formats of GGUF files, and the f32 arithmetic around them.
 //!
 //! The contract: [`Kernel::matmul`] gives the same bits on every ISA, for any number of rows and tokens
 //! at a time. `scalar.rs` states the order of operations; all other kernels are tested against it bit
@@ -7,25 +7,33 @@
 //! | file | what is there |
 //! |---|---|
 //! | `format.rs` | [`Format`]: sizes, names, ids; the decoder of every block format |
-//! | `acts.rs` | [`Acts`]: activations, rounded to int8 in groups of 32 |
+//! | `interleave.rs` | the order of bytes in which eight rows lie side by side |
+//! | `acts.rs` | [`Acts`]: activations, rounded to int8 |
 //! | `tile.rs` | [`Tile`]: the part of the output one call writes |
 //! | `vec.rs` | [`Ops`]: f32 loops, one safe source compiled per ISA |
 //! | `half.rs` | IEEE halves and bfloat16 as bits |
 //! | `scalar.rs` | the reference kernels |
-//! | `avx2.rs` | kernels for x86-64 with AVX2, FMA and F16C |
+//! | `wide.rs` | the loops of all other kernels, written once over an ISA's vectors |
+//! | `unpack.rs` | how vectors see a block of each format |
+//! | `channel.rs` | the loops for formats with one scale a row |
+//! | `avx2.rs`, ... | the vectors of each ISA |
 //! | `selftest.rs` | the same products for every kernel, and what must come out |
 //!
-//! It knows nothing of files, models or threads. To add a format, give `format.rs` its decoder and the
-//! tables below a line; to add an ISA, add an [`Isa`], a file of kernels, its lines in [`KERNELS`] and
-//! one line in `vec.rs`.
+//! It knows nothing of files, models or threads. To add a format, give `format.rs` its decoder, `unpack.rs` its vectors
+//! and the tables below a line; to add an ISA, add an [`Isa`], a file with its vectors, its line in [`kernels!`] and one
+//! in `vec.rs`.
 
 pub mod acts;
+mod channel;
 pub mod format;
 pub mod half;
+pub mod interleave;
 mod scalar;
 pub mod selftest;
 mod tile;
+mod unpack;
 pub mod vec;
+mod wide;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -38,6 +46,8 @@ pub use tile::{Tile, Tiles};
 pub use vec::{Ops, ops};
 
 use scalar::{Floats, Groups, Unpacked};
+#[cfg(target_arch = "x86_64")]
+use wide::Wide;
 
 /// An instruction set, in the sense of "what a kernel may use". Later ones are better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,7 +75,7 @@ impl Isa {
         Isa::ALL.into_iter().find(|isa| isa.name() == name)
     }
 
-    /// Whether this CPU has it.
+    /// Whether this CPU has it, and the operating system keeps its registers.
     pub fn supported(self) -> bool {
         match self {
             Isa::Scalar => true,
@@ -73,8 +83,8 @@ impl Isa {
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => false,
+            #[allow(unreachable_patterns)] // none is left over on some architectures
+            _ => false,
         }
     }
 
@@ -89,11 +99,29 @@ impl Isa {
 pub enum Layout {
     /// As in a GGUF file: row after row, block after block.
     Gguf,
+    /// Eight rows side by side, see [`interleave`]. Kernels take multiples of eight rows.
+    Interleaved,
+}
+
+/// Some rows of a matrix.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// All their bytes, in a kernel's [`Layout`].
+    pub bytes: &'a [u8],
+    /// The scale of each row, for channel-wise formats; empty for others.
+    pub scale: &'a [f32],
+}
+
+impl<'a> From<&'a [u8]> for Rows<'a> {
+    /// Rows without scales of their own.
+    fn from(bytes: &'a [u8]) -> Rows<'a> {
+        Rows { bytes, scale: &[] }
+    }
 }
 
 /// Multiplies matrices of one format on one ISA.
 pub trait Kernel: Sync {
-    /// `format/isa`, lower case: `q4_0/avx2`.
+    /// `format/isa`, lower case: `q4_0/avx2`; for rows interleaved by eight, `q4_0x8/avx2`.
     fn name(&self) -> &'static str;
     /// The format of the weights.
     fn format(&self) -> Format;
@@ -108,18 +136,19 @@ pub trait Kernel: Sync {
     /// `out[t][r] = Σ_k w[r][k]·x[t][k]` for the rows of the tile: `w` holds exactly those rows, in order.
     ///
     /// # Panics
-    /// If this CPU lacks the ISA, or if weights, activations and tile do not fit together. Block formats
-    /// need quantised activations.
-    fn matmul(&self, w: &[u8], x: &Acts, out: &mut Tile);
+    /// If this CPU lacks the ISA, or if weights, activations and tile do not fit together. Block formats need activations
+    /// quantised in groups, channel-wise formats quantised by one scale a token.
+    fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile);
 }
 
-/// Calls the given macro with a line for each block format: type, lower-case name.
+/// Calls the given macro with a line for each block format: type, names of its two orders of bytes.
 macro_rules! for_each_block_format {
     ($table:ident) => {
         $table! {
-            Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0", Q5_1 "q5_1", Q8_0 "q8_0", Q2K "q2_k", Q3K "q3_k",
-            Q4K "q4_k", Q5K "q5_k", Q6K "q6_k", Iq4Nl "iq4_nl", Iq4Xs "iq4_xs", Tq1_0 "tq1_0",
-            Tq2_0 "tq2_0", Mxfp4 "mxfp4", Q1_0 "q1_0", Q2_0 "q2_0"
+            (Q4_0 "q4_0" "q4_0x8") (Q4_1 "q4_1") (Q5_0 "q5_0") (Q5_1 "q5_1") (Q8_0 "q8_0" "q8_0x8") (Q2K "q2_k")
+            (Q3K "q3_k") (Q4K "q4_k" "q4_kx8") (Q5K "q5_k" "q5_kx8") (Q6K "q6_k" "q6_kx8") (Iq4Nl "iq4_nl" "iq4_nlx8")
+            (Iq4Xs "iq4_xs") (Tq1_0 "tq1_0") (Tq2_0 "tq2_0") (Mxfp4 "mxfp4") (Q1_0 "q1_0") (Q2_0 "q2_0")
+            (W2C "w2c" "w2cx8") (W4C "w4c" "w4cx8") (W8C "w8c" "w8cx8")
         }
     };
 }
@@ -127,53 +156,88 @@ macro_rules! for_each_block_format {
 /// The float formats' kernels on an ISA.
 macro_rules! floats {
     ($isa:ident, $name:literal) => {
-        [
-            Floats { name: concat!("f32/", $name), format: Format::F32, isa: Isa::$isa, dot: Ops::dot_f32_bytes },
-            Floats { name: concat!("f16/", $name), format: Format::F16, isa: Isa::$isa, dot: Ops::dot_f16_bytes },
-            Floats { name: concat!("bf16/", $name), format: Format::BF16, isa: Isa::$isa, dot: Ops::dot_bf16_bytes },
+        &[
+            &Floats { name: concat!("f32/", $name), format: Format::F32, isa: Isa::$isa, dot: Ops::dot_f32_bytes },
+            &Floats { name: concat!("f16/", $name), format: Format::F16, isa: Isa::$isa, dot: Ops::dot_f16_bytes },
+            &Floats { name: concat!("bf16/", $name), format: Format::BF16, isa: Isa::$isa, dot: Ops::dot_bf16_bytes },
         ]
     };
 }
 
-static SCALAR_FLOATS: [Floats; 3] = floats!(Scalar, "scalar");
-#[cfg(target_arch = "x86_64")]
-static AVX2_FLOATS: [Floats; 3] = floats!(Avx2, "avx2");
-
+/// The kernels of an ISA: constructor of a block format's, then the ISA and its name.
 macro_rules! kernels {
-    ($($block:ident $name:literal),*) => {
-        /// Every kernel of this build, best ISA first; some may need more than this CPU has.
-        pub static KERNELS: &[&dyn Kernel] = &[
-            #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[0],
-            #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[1],
-            #[cfg(target_arch = "x86_64")] &AVX2_FLOATS[2],
-            $(#[cfg(target_arch = "x86_64")] &avx2::Avx2Groups::<format::$block>(concat!($name, "/avx2"), PhantomData),)*
-            &SCALAR_FLOATS[0],
-            &SCALAR_FLOATS[1],
-            &SCALAR_FLOATS[2],
-            $(&Groups::<format::$block>(concat!($name, "/scalar"), PhantomData),)*
-        ];
+    ($isa:ident $name:literal $kernel:ident $vectors:ty; $(($block:ident $gguf:literal $($interleaved:literal)?))*) => {
+        &[
+            $(
+                &$kernel::<$vectors, format::$block>(concat!($gguf, "/", $name), Layout::Gguf, PhantomData),
+                $(&$kernel::<$vectors, format::$block>(concat!($interleaved, "/", $name), Layout::Interleaved, PhantomData),)?
+            )*
+        ]
     };
 }
-for_each_block_format!(kernels);
+
+macro_rules! scalar_kernels { ($($line:tt)*) => { kernels!(Scalar "scalar" Groups (); $($line)*) }; }
+#[cfg(target_arch = "x86_64")]
+macro_rules! avx2_kernels { ($($line:tt)*) => { kernels!(Avx2 "avx2" Wide avx2::Ymm<avx2::Maddubs>; $($line)*) }; }
+
+/// The kernels by ISA, best first.
+const BY_ISA: &[&[&dyn Kernel]] = &[
+    #[cfg(target_arch = "x86_64")]
+    for_each_block_format!(avx2_kernels),
+    #[cfg(target_arch = "x86_64")]
+    floats!(Avx2, "avx2"),
+    for_each_block_format!(scalar_kernels),
+    floats!(Scalar, "scalar"),
+];
+
+/// Every kernel of this build, best ISA first; some may need more than this CPU has.
+pub static KERNELS: &[&dyn Kernel] = &{
+    let mut all = [BY_ISA[0][0]; count(BY_ISA)];
+    let (mut n, mut i) = (0, 0);
+    while i < BY_ISA.len() {
+        let mut j = 0;
+        while j < BY_ISA[i].len() {
+            all[n] = BY_ISA[i][j];
+            (n, j) = (n + 1, j + 1);
+        }
+        i += 1;
+    }
+    all
+};
+
+const fn count(lists: &[&[&dyn Kernel]]) -> usize {
+    let (mut n, mut i) = (0, 0);
+    while i < lists.len() {
+        (n, i) = (n + lists[i].len(), i + 1);
+    }
+    n
+}
 
 macro_rules! unpacked {
-    ($($block:ident $name:literal),*) => {
+    ($(($block:ident $gguf:literal $($interleaved:literal)?))*) => {
         /// The kernels of [`dequant`], for each ISA.
         static UNPACKED: &[Unpacked] = &[
             $(
-                Unpacked { name: concat!($name, "/float"), format: Format::$block, isa: Isa::Scalar },
+                Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Scalar },
                 #[cfg(target_arch = "x86_64")]
-                Unpacked { name: concat!($name, "/float"), format: Format::$block, isa: Isa::Avx2 },
+                Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Avx2 },
             )*
         ];
     };
 }
 for_each_block_format!(unpacked);
 
-/// The best kernel this CPU has for `format`, among those not above `isa`. Every format has a scalar one.
+/// The best kernel this CPU has for `format` in the order of GGUF files, among those not above `isa`. Every format has a
+/// scalar one.
 pub fn select(format: Format, isa: Isa) -> &'static dyn Kernel {
-    let fits = |k: &&&'static dyn Kernel| k.format() == format && k.isa() <= isa && k.supported();
-    *KERNELS.iter().find(fits).expect("every format has a scalar kernel")
+    select_in(Layout::Gguf, format, isa).expect("every format has a scalar kernel")
+}
+
+/// The same for any order of bytes; `None` if `format` does not have that order.
+pub fn select_in(layout: Layout, format: Format, isa: Isa) -> Option<&'static dyn Kernel> {
+    let fits =
+        |k: &&&'static dyn Kernel| k.format() == format && k.layout() == layout && k.isa() <= isa && k.supported();
+    KERNELS.iter().find(fits).copied()
 }
 
 /// The kernel that unpacks to f32 and multiplies f32 activations: `q4_0/float`. For float formats, what
@@ -206,7 +270,7 @@ impl Choice {
     /// The kernel for `format`.
     pub fn kernel(&self, format: Format) -> &'static dyn Kernel {
         match self.only {
-            Some(only) if only.format() == format => only,
+            Some(only) if only.format() == format && only.layout() == Layout::Gguf => only,
             _ => select(format, self.isa),
         }
     }

@@ -13,7 +13,7 @@
 #![forbid(unsafe_code)]
 
 use crate::half::{f16_to_f32, f32_to_f16};
-use crate::{Acts, ActsBuf, Format, Isa, Kernel, Ops, Tile, ops, select};
+use crate::{Acts, ActsBuf, Format, Isa, Kernel, Layout, Ops, Rows, Tile, ops, select};
 
 /// A small generator of pseudo-random numbers (splitmix64): the same numbers from the same seed, everywhere.
 pub struct Rng(pub u64);
@@ -61,6 +61,7 @@ fn scales_at(format: Format) -> &'static [usize] {
         Format::Q6K => &[208],
         Format::Tq1_0 => &[52],
         Format::Tq2_0 => &[64],
+        Format::W2C | Format::W4C | Format::W8C => &[],
         _ => &[0],
     }
 }
@@ -114,8 +115,8 @@ fn digest<'a>(values: impl IntoIterator<Item = &'a f32>) -> u64 {
 const COLS: [usize; 4] = [32, 96, 256, 1280];
 
 /// Rows and tokens of the products of each row length.
-const SHAPES: [(usize, usize); 12] =
-    [(17, 1), (16, 1), (9, 1), (8, 1), (7, 1), (1, 1), (17, 2), (9, 3), (8, 5), (16, 8), (15, 9), (17, 64)];
+const SHAPES: [(usize, usize); 13] =
+    [(17, 1), (16, 1), (9, 1), (8, 1), (7, 1), (1, 1), (72, 1), (17, 2), (9, 3), (8, 5), (16, 8), (15, 9), (17, 64)];
 
 /// Products of one format and what its scalar kernel makes of them.
 pub struct Cases {
@@ -129,7 +130,8 @@ struct Case {
     cols: usize,
     w: Vec<u8>, // (rows, bytes of a row), after `shift` bytes that are not read
     shift: usize,
-    x: Vec<f32>, // (tokens, cols)
+    scale: Vec<f32>, // (rows), for formats with a scale a row
+    x: Vec<f32>,     // (tokens, cols)
     acts: ActsBuf,
     want: Vec<f32>, // (tokens, rows)
 }
@@ -137,13 +139,13 @@ struct Case {
 impl Cases {
     /// The products of `format`, computed by its scalar kernel.
     pub fn new(format: Format) -> Cases {
-        let mut rng = Rng(format.ggml_id() as u64);
+        let mut rng = Rng(format as u64);
         let scalar = select(format, Isa::Scalar);
         let mut cases = Vec::new();
         for cols in COLS.into_iter().filter(|cols| format.row_bytes(*cols).is_some()) {
             for (i, (rows, tokens)) in SHAPES.into_iter().enumerate() {
                 let mut case = Case::new(format, rows, cols, tokens, i, &mut rng);
-                case.want = case.run(scalar);
+                case.want = case.run(scalar, rows);
                 cases.push(case);
             }
         }
@@ -160,15 +162,23 @@ impl Cases {
     pub fn check(&self, kernel: &dyn Kernel) -> Result<(), String> {
         assert_eq!(kernel.format(), self.format);
         for case in &self.cases {
-            let got = case.run(kernel);
-            if let Some(at) = difference(&got, &case.want) {
-                let (token, row) = (at / case.rows, at % case.rows);
+            // Interleaved rows come by eight; the rest is left out.
+            let rows = match kernel.layout() {
+                Layout::Gguf => case.rows,
+                Layout::Interleaved => case.rows / 8 * 8,
+            };
+            if rows == 0 {
+                continue;
+            }
+            let got = case.run(kernel, rows);
+            let want: Vec<f32> = case.want.chunks_exact(case.rows).flat_map(|line| &line[..rows]).copied().collect();
+            if let Some(at) = difference(&got, &want) {
+                let (token, row) = (at / rows, at % rows);
                 return Err(format!(
-                    "{} rows of {}, {} tokens: token {token}, row {row}: {}",
-                    case.rows,
+                    "{rows} rows of {}, {} tokens: token {token}, row {row}: {}",
                     case.cols,
-                    got.len() / case.rows,
-                    found_expected(got[at], case.want[at])
+                    got.len() / rows,
+                    found_expected(got[at], want[at])
                 ));
             }
         }
@@ -214,16 +224,34 @@ impl Case {
             }));
         }
         let mut acts = ActsBuf::default();
-        acts.quantize(ops(Isa::Scalar), &x, cols);
-        Case { rows, cols, w, shift, x, acts, want: Vec::new() }
+        let mut scale = Vec::new();
+        if format.is_channel() {
+            // Small enough that the activations above reach −128 and 127.
+            acts.quantize_static(ops(Isa::Scalar), &x, cols, 0.0073);
+            scale.extend((0..rows).map(|_| rng.unit()));
+        } else {
+            acts.quantize(ops(Isa::Scalar), &x, cols);
+        }
+        Case { rows, cols, w, shift, scale, x, acts, want: Vec::new() }
     }
 
-    /// The product as `kernel` computes it.
-    fn run(&self, kernel: &dyn Kernel) -> Vec<f32> {
-        let x: Acts = self.acts.acts(&self.x, self.cols);
+    /// The product of the first `rows` rows as `kernel` computes it.
+    fn run(&self, kernel: &dyn Kernel, rows: usize) -> Vec<f32> {
+        let format = kernel.format();
+        let x: Acts = match format.is_channel() {
+            true => self.acts.acts_static(&self.x, self.cols),
+            false => self.acts.acts(&self.x, self.cols),
+        };
+        let mut w = self.w[..self.shift + rows * (self.w.len() - self.shift) / self.rows].to_vec();
+        if kernel.layout() == Layout::Interleaved {
+            let eight = 8 * (w.len() - self.shift) / rows;
+            let from = self.w[self.shift..].chunks_exact(eight);
+            from.zip(w[self.shift..].chunks_exact_mut(eight)).for_each(|(from, to)| format.interleave(from, to));
+        }
+        let w = Rows { bytes: &w[self.shift..], scale: &self.scale[..rows.min(self.scale.len())] };
         // An output nobody writes stays NaN, which no product is.
-        let mut out = vec![f32::NAN; x.tokens * self.rows];
-        kernel.matmul(&self.w[self.shift..], &x, &mut Tile::whole(&mut out, self.rows));
+        let mut out = vec![f32::NAN; x.tokens * rows];
+        kernel.matmul(w, &x, &mut Tile::whole(&mut out, rows));
         out
     }
 }
@@ -305,6 +333,15 @@ pub const FUNCTIONS: &[Function] = &[
         scale.extend(sums.into_iter().map(f32::from));
         scale
     }),
+    ("quantize_static", |ops, n, rng| {
+        let x = rng.values(n.next_multiple_of(16));
+        let (mut q, mut sums) = (vec![0; x.len()], vec![0; x.len() / 16]);
+        let finite = ops.quantize_static(&x, 0.031, &mut q, &mut sums);
+        let mut all = vec![f32::from(finite)];
+        all.extend(q.into_iter().map(f32::from));
+        all.extend(sums.into_iter().map(f32::from));
+        all
+    }),
 ];
 
 fn halves(rng: &mut Rng, n: usize) -> Vec<u16> {
@@ -364,35 +401,38 @@ fn same_digest(found: u64, recorded: Option<u64>) -> Result<(), String> {
 
 /// Digests of what the scalar kernels give. They change only with the data above or with the definition of a result.
 const RECORDED: &[(Format, u64)] = &[
-    (Format::F32, 0xd359_2ace_7856_63d0),
-    (Format::F16, 0x9d32_70f1_05b6_e782),
-    (Format::Q4_0, 0x5b71_5ca0_6161_f289),
-    (Format::Q4_1, 0x09d9_befa_b50a_4be9),
-    (Format::Q5_0, 0xa0af_212a_5668_bd7f),
-    (Format::Q5_1, 0xb40e_4a32_03af_4fd1),
-    (Format::Q8_0, 0x2cff_e311_879f_63e8),
-    (Format::Q2K, 0x021d_48d5_2e62_a956),
-    (Format::Q3K, 0x182b_6ad8_35ba_1b80),
-    (Format::Q4K, 0x3da7_3c70_799e_9df2),
-    (Format::Q5K, 0x8a7c_397f_3ed2_c91c),
-    (Format::Q6K, 0x6234_f050_e6dc_7b6e),
-    (Format::Iq4Nl, 0x2614_82e6_50f0_aead),
-    (Format::Iq4Xs, 0x2ebd_8602_43c9_5ff8),
-    (Format::BF16, 0x6379_b2a5_211f_ffaa),
-    (Format::Tq1_0, 0xa27f_2817_8d00_04e0),
-    (Format::Tq2_0, 0xa254_a50a_14f8_2da1),
-    (Format::Mxfp4, 0xe271_9abb_e8cf_fe33),
-    (Format::Q1_0, 0xc4c6_3356_bec6_9022),
-    (Format::Q2_0, 0x176b_fe2d_2fb7_2de8),
+    (Format::F32, 0xcc18_0266_5f99_c37a),
+    (Format::F16, 0x1998_9b8a_11d7_8fa9),
+    (Format::Q4_0, 0x6820_9d74_4b24_fb4f),
+    (Format::Q4_1, 0x08ce_cadc_fa9f_ebf6),
+    (Format::Q5_0, 0xea0e_1f60_c3c1_df28),
+    (Format::Q5_1, 0x28aa_ee71_63b2_2ae7),
+    (Format::Q8_0, 0xe6f7_7000_71ee_6dd7),
+    (Format::Q2K, 0xd841_5058_f8ef_538e),
+    (Format::Q3K, 0xba45_c0c0_4fc9_3f73),
+    (Format::Q4K, 0x4ac1_4837_3e3d_383b),
+    (Format::Q5K, 0xe783_1dca_e079_f13e),
+    (Format::Q6K, 0x6639_fcf2_cc07_8c63),
+    (Format::Iq4Nl, 0xbc13_0675_8d12_18ca),
+    (Format::Iq4Xs, 0xfdd1_98a5_2f0d_6f13),
+    (Format::BF16, 0xb203_b5cc_c8b6_8592),
+    (Format::Tq1_0, 0x675b_b987_f1c1_8a38),
+    (Format::Tq2_0, 0x96ec_7bbc_c18d_e2a9),
+    (Format::Mxfp4, 0xb5cf_d9dc_7b80_e7e6),
+    (Format::Q1_0, 0x0c03_2ba1_34f7_c8dd),
+    (Format::Q2_0, 0x2821_def4_a6c6_fc46),
+    (Format::W2C, 0x5da0_aaeb_a6de_683a),
+    (Format::W4C, 0xd661_ac0a_45f9_093d),
+    (Format::W8C, 0x24eb_65f8_0b26_6eea),
 ];
 
 /// The same for the f32 functions.
-const RECORDED_OPS: u64 = 0x8d99_c699_083d_9feb;
+const RECORDED_OPS: u64 = 0x9baa_1767_be83_6228;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{KERNELS, Layout};
+    use crate::KERNELS;
 
     #[test]
     fn every_kernel_of_this_cpu_passes() {
@@ -434,7 +474,7 @@ mod tests {
         fn layout(&self) -> Layout {
             self.0.layout()
         }
-        fn matmul(&self, w: &[u8], x: &Acts, out: &mut Tile) {
+        fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile) {
             let rows = out.rows();
             let mut sound = vec![0.0; x.tokens * rows];
             self.0.matmul(w, x, &mut Tile::whole(&mut sound, rows));
@@ -498,12 +538,12 @@ mod tests {
             fn layout(&self) -> Layout {
                 Layout::Gguf
             }
-            fn matmul(&self, w: &[u8], x: &Acts, out: &mut Tile) {
-                let row_bytes = w.len() / out.rows();
+            fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile) {
+                let row_bytes = w.bytes.len() / out.rows();
                 for t in 0..x.tokens {
                     for r in 0..out.rows() {
                         let mut acc = 0.0;
-                        for (g, block) in w[r * row_bytes..][..row_bytes].chunks(34).enumerate() {
+                        for (g, block) in w.bytes[r * row_bytes..][..row_bytes].chunks(34).enumerate() {
                             let at = t * x.cols + 32 * g;
                             let product = |i: usize| (block[2 + i] ^ 128) as i32 * x.q[at + i] as i32;
                             let pair = |i: usize| (product(2 * i) + product(2 * i + 1)).clamp(-32768, 32767);

@@ -400,6 +400,28 @@ mod body {
         }
     }
 
+    #[inline(always)]
+    pub fn quantize_static<H: Native>(x: &[f32], scale: f32, q: &mut [i8], sums: &mut [i16]) -> bool {
+        let (x, rest) = x.as_chunks::<16>();
+        let (q, q_rest) = q.as_chunks_mut::<16>();
+        assert!(rest.is_empty() && q_rest.is_empty() && x.len() == q.len() && x.len() == sums.len());
+        let mut damaged = 0;
+        for ((x, q), sum) in x.iter().zip(q).zip(sums) {
+            let mut s = 0;
+            for l in 0..16 {
+                let y = x[l] / scale;
+                damaged |= !x[l].is_finite() as u32;
+                // Comparisons that NaN fails; the additions round.
+                let low = if y > -128.0 { y } else { -128.0 };
+                let c = if low < 127.0 { low } else { 127.0 };
+                q[l] = (c + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8;
+                s += q[l] as i16;
+            }
+            *sum = s;
+        }
+        damaged == 0
+    }
+
     /// Below this, 127/amax could overflow; such a group counts as zero.
     const TINY: f32 = 1e-30;
     /// Scales tried for a group: the largest magnitude becomes 127, 127 − STEP, 127 − 2·STEP, …
@@ -448,6 +470,9 @@ macro_rules! functions {
             fn store_f16(out: &mut [u16], x: &[f32]);
             /// int8 activations, see [`crate::acts`]: `q` as long as `x`, one `scale` for 32, one sum for 16.
             fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]);
+            /// q = x/scale rounded half to even, within −128..=127; the division is that of f32. One sum for 16. False if
+            /// an x is infinite or NaN.
+            fn quantize_static(x: &[f32], scale: f32, q: &mut [i8], sums: &mut [i16]) -> bool;
         }
     };
 }
@@ -517,8 +542,8 @@ pub fn ops(isa: Isa) -> &'static Ops {
         Isa::Scalar => &scalar::OPS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &avx2::OPS,
-        #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 => unreachable!("not supported on this architecture"),
+        #[allow(unreachable_patterns)] // none is left over on some architectures
+        _ => unreachable!("not supported on this architecture"),
     }
 }
 

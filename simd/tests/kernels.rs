@@ -7,7 +7,7 @@ mod common;
 
 use common::{Rng, same, weights};
 use gemrun_simd::format::{self, Block};
-use gemrun_simd::{Acts, ActsBuf, Format, Isa, KERNELS, Tile, Tiles, dequant, find, ops, select};
+use gemrun_simd::{Acts, ActsBuf, Format, Isa, KERNELS, Kernel, Layout, Rows, Tile, Tiles, dequant, find, ops, select};
 
 /// One output of a block format: groups in order, integer sums in i64, one f32 accumulator.
 fn naive<B: Block>(row: &[u8], a: &[i8], da: &[f32]) -> f32 {
@@ -43,14 +43,35 @@ fn naive_float(row: &[f32], x: &[f32]) -> f32 {
     lanes[0]
 }
 
-fn expected(format: Format, row: &[u8], x: &Acts, t: usize) -> f32 {
+/// One output of a channel-wise format: one integer sum, one rounding, one multiplication.
+fn naive_channel<B: Block>(row: &[u8], a: &[i8], scale: f32) -> f32 {
+    let weights = row.chunks(B::FORMAT.block_bytes()).flat_map(|block| B::weights(block, 0));
+    let isum: i64 = weights.zip(a).map(|(q, a)| q as i64 * *a as i64).sum();
+    assert!(i32::try_from(isum).is_ok());
+    isum as f32 * scale
+}
+
+/// A row's scale, for formats that have one.
+fn row_scale(r: usize) -> f32 {
+    0.001 + r as f32 / 977.0
+}
+
+/// Activations as `format` reads them: channel-wise formats by one scale, small enough that some of `x` between −1 and 1
+/// become −128 and 127.
+fn quantize<'a>(buf: &'a mut ActsBuf, format: Format, x: &'a [f32], cols: usize) -> Acts<'a> {
+    let ops = ops(Isa::best());
+    if format.is_channel() { buf.quantize_static(ops, x, cols, 0.0073) } else { buf.quantize(ops, x, cols) }
+}
+
+fn expected(format: Format, row: &[u8], row_scale: f32, x: &Acts, t: usize) -> f32 {
     let n = x.cols;
     if format.is_float() {
         let mut w = vec![0.0; n];
         format.unpack_row(row, &mut w);
         return naive_float(&w, &x.x[t * n..][..n]);
     }
-    let (a, da) = (&x.q[t * n..][..n], &x.scale[t * n / 32..][..n / 32]);
+    let a = &x.q[t * n..][..n];
+    let da = if format.is_channel() { &[] } else { &x.scale[t * n / 32..][..n / 32] };
     match format {
         Format::F32 | Format::F16 | Format::BF16 => unreachable!(),
         Format::Q4_0 => naive::<format::Q4_0>(row, a, da),
@@ -70,6 +91,9 @@ fn expected(format: Format, row: &[u8], x: &Acts, t: usize) -> f32 {
         Format::Mxfp4 => naive::<format::Mxfp4>(row, a, da),
         Format::Q1_0 => naive::<format::Q1_0>(row, a, da),
         Format::Q2_0 => naive::<format::Q2_0>(row, a, da),
+        Format::W2C => naive_channel::<format::W2C>(row, a, row_scale * x.scale[t]),
+        Format::W4C => naive_channel::<format::W4C>(row, a, row_scale * x.scale[t]),
+        Format::W8C => naive_channel::<format::W8C>(row, a, row_scale * x.scale[t]),
     }
 }
 
@@ -77,28 +101,40 @@ fn expected(format: Format, row: &[u8], x: &Acts, t: usize) -> f32 {
 /// canaries around it, and compares each output with the naive version.
 fn check(format: Format, w: &[u8], x: &Acts, what: &str) {
     let row_bytes = format.row_bytes(x.cols).unwrap();
-    let rows = w.len() / row_bytes;
+    let n_rows = w.len() / row_bytes;
     let want: Vec<f32> = (0..x.tokens)
-        .flat_map(|t| (0..rows).map(move |r| (t, r)))
-        .map(|(t, r)| expected(format, &w[r * row_bytes..][..row_bytes], x, t))
+        .flat_map(|t| (0..n_rows).map(move |r| (t, r)))
+        .map(|(t, r)| expected(format, &w[r * row_bytes..][..row_bytes], row_scale(r), x, t))
         .collect();
     let mut shifted = vec![0xa5; w.len() + 1];
     shifted[1..].copy_from_slice(w);
+    let scale: Vec<f32> = (0..n_rows).map(row_scale).collect();
     const CANARY: f32 = 1.25e-33;
     for kernel in KERNELS.iter().filter(|k| k.format() == format && k.supported()) {
-        for w in [w, &shifted[1..]] {
+        if kernel.layout() == Layout::Interleaved && !n_rows.is_multiple_of(8) {
+            continue;
+        }
+        let mut w = w.to_vec();
+        if kernel.layout() == Layout::Interleaved {
+            for (w, out) in shifted[1..].chunks_exact(8 * row_bytes).zip(w.chunks_exact_mut(8 * row_bytes)) {
+                format.interleave(w, out);
+            }
+        }
+        let mut shifted = shifted.clone();
+        shifted[1..].copy_from_slice(&w);
+        for w in [&w[..], &shifted[1..]] {
             // Two rows before and three after the tile belong to others.
-            let stride = rows + 5;
+            let stride = n_rows + 5;
             let mut out = vec![CANARY; x.tokens * stride];
             // SAFETY: the only tile.
-            let mut tile = unsafe { Tiles::new(&mut out, stride).tile(2..2 + rows) };
-            kernel.matmul(w, x, &mut tile);
+            let mut tile = unsafe { Tiles::new(&mut out, stride).tile(2..2 + n_rows) };
+            kernel.matmul(rows(format, w, &scale), x, &mut tile);
             for (i, got) in out.iter().enumerate() {
                 let (t, r) = (i / stride, (i % stride).wrapping_sub(2));
-                let want = if r < rows { want[t * rows + r] } else { CANARY };
+                let want = if r < n_rows { want[t * n_rows + r] } else { CANARY };
                 assert!(
                     same(*got, want),
-                    "{} {what}: {rows} rows, {} cols, token {t} of {}, row {r}: {got} ({:#x}), expected {want} ({:#x})",
+                    "{} {what}: {n_rows} rows, {} cols, token {t} of {}, row {r}: {got} ({:#x}), expected {want} ({:#x})",
                     kernel.name(),
                     x.cols,
                     x.tokens,
@@ -108,6 +144,11 @@ fn check(format: Format, w: &[u8], x: &Acts, what: &str) {
             }
         }
     }
+}
+
+/// Rows with these scales, if `format` has any.
+fn rows<'a>(format: Format, bytes: &'a [u8], scale: &'a [f32]) -> Rows<'a> {
+    Rows { bytes, scale: if format.is_channel() { scale } else { &[] } }
 }
 
 fn random_activations(rng: &mut Rng, len: usize) -> Vec<f32> {
@@ -136,18 +177,34 @@ const GROUPS: [usize; 14] = [
 fn all_shapes() {
     let mut buf = ActsBuf::default();
     for format in Format::ALL {
-        let mut rng = Rng(format.ggml_id() as u64);
+        let mut rng = Rng(format as u64);
         for cols in GROUPS.map(|g| 32 * g) {
             if format.row_bytes(cols).is_none() {
                 continue;
             }
             // Rows around the eight in lanes; tokens around the four at a time and the change of path.
-            for (rows, tokens) in
-                [(1, 1), (7, 2), (8, 4), (9, 5), (15, 6), (16, 7), (17, 9), (3, 8), (2, 12), (1, 13), (5, 0), (0, 3)]
-            {
+            for (rows, tokens) in [
+                (1, 1),
+                (7, 2),
+                (8, 4),
+                (9, 5),
+                (15, 6),
+                (16, 7),
+                (17, 9),
+                (3, 8),
+                (2, 12),
+                (1, 13),
+                (5, 0),
+                (0, 3),
+                (16, 1),
+                (64, 1),
+                (72, 2),
+                (136, 1),
+                (24, 6),
+            ] {
                 let w = weights(format, rows, cols, &mut rng, Rng::byte);
                 let x = random_activations(&mut rng, tokens * cols);
-                check(format, &w, &buf.quantize(ops(Isa::best()), &x, cols), "random");
+                check(format, &w, &quantize(&mut buf, format, &x, cols), "random");
             }
         }
     }
@@ -162,7 +219,7 @@ fn every_row_count_and_token_count() {
             for tokens in 1..=9 {
                 let w = weights(format, rows, 256, &mut rng, Rng::byte);
                 let x = random_activations(&mut rng, tokens * 256);
-                check(format, &w, &buf.quantize(ops(Isa::best()), &x, 256), "random");
+                check(format, &w, &quantize(&mut buf, format, &x, 256), "random");
             }
         }
     }
@@ -177,7 +234,7 @@ fn long_rows() {
             for tokens in [1, 7] {
                 let w = weights(format, 3, cols, &mut rng, Rng::byte);
                 let x = random_activations(&mut rng, tokens * cols);
-                check(format, &w, &buf.quantize(ops(Isa::best()), &x, cols), "random");
+                check(format, &w, &quantize(&mut buf, format, &x, cols), "random");
             }
         }
     }
@@ -211,7 +268,7 @@ fn extreme_values() {
                 for (what, pattern) in patterns {
                     for tokens in [1, 7] {
                         let x: Vec<f32> = (0..tokens * 1280).map(pattern).collect();
-                        let x = buf.quantize(ops(Isa::best()), &x, 1280);
+                        let x = quantize(&mut buf, format, &x, 1280);
                         check(format, &w, &x, &format!("bytes {fill:#x} ^ {flip:#x}, activations {what}"));
                     }
                 }
@@ -231,11 +288,11 @@ fn any_bytes_and_non_finite_activations() {
                 let w: Vec<u8> = (0..9 * format.row_bytes(512).unwrap()).map(|_| rng.byte()).collect();
                 let mut x = random_activations(&mut rng, tokens * 512);
                 x[17] = bad;
-                check(format, &w, &buf.quantize(ops(Isa::best()), &x, 512), &format!("activation {bad}"));
+                check(format, &w, &quantize(&mut buf, format, &x, 512), &format!("activation {bad}"));
                 if !bad.is_finite() {
                     let mut out = vec![0.0; tokens * 9];
-                    let x = buf.quantize(ops(Isa::best()), &x, 512);
-                    select(format, Isa::best()).matmul(&w, &x, &mut Tile::whole(&mut out, 9));
+                    let x = quantize(&mut buf, format, &x, 512);
+                    select(format, Isa::best()).matmul(rows(format, &w, &[1.0; 9]), &x, &mut Tile::whole(&mut out, 9));
                     assert!(out[..9].iter().all(|y| !y.is_finite()), "{format}: {bad} was lost");
                 }
             }
@@ -253,10 +310,15 @@ fn close_to_f64() {
     for format in Format::ALL {
         let w = weights(format, 8, cols, &mut rng, Rng::byte);
         let x = random_activations(&mut rng, 7 * cols);
-        let acts = buf.quantize(ops(Isa::best()), &x, cols);
+        // No activation is clipped: the bound below knows only of rounding.
+        let acts = match format.is_channel() {
+            true => buf.quantize_static(ops(Isa::best()), &x, cols, 1.0 / 127.0),
+            false => buf.quantize(ops(Isa::best()), &x, cols),
+        };
+        let step = |i: usize| acts.scale[if format.is_channel() { i / cols } else { i / 32 }];
         for kernel in [select(format, Isa::best()), dequant(format, Isa::best()), dequant(format, Isa::Scalar)] {
             let mut out = vec![0.0; 7 * 8];
-            kernel.matmul(&w, &acts, &mut Tile::whole(&mut out, 8));
+            kernel.matmul(rows(format, &w, &[1.0; 8]), &acts, &mut Tile::whole(&mut out, 8));
             for (i, got) in out.iter().enumerate() {
                 let (t, r) = (i / 8, i % 8);
                 let mut row = vec![0.0; cols];
@@ -265,7 +327,7 @@ fn close_to_f64() {
                 for (k, w) in row.iter().enumerate() {
                     want += *w as f64 * x[t * cols + k] as f64;
                     size += (*w as f64 * x[t * cols + k] as f64).abs();
-                    rounding += (*w as f64 * acts.scale[(t * cols + k) / 32] as f64).powi(2) / 12.0;
+                    rounding += (*w as f64 * step(t * cols + k) as f64).powi(2) / 12.0;
                 }
                 let float = format.is_float() || kernel.name().ends_with("/float");
                 let bound = 1e-5 * size + if float { 0.0 } else { 6.0 * rounding.sqrt() };
@@ -283,7 +345,8 @@ fn unpacked_kernels_agree_bit_for_bit() {
         let x = random_activations(&mut rng, 3 * 768);
         let run = |isa| {
             let mut out = vec![0.0; 3 * 5];
-            dequant(format, isa).matmul(&w, &Acts::float(&x, 768), &mut Tile::whole(&mut out, 5));
+            let w = rows(format, &w, &[1.0; 5]);
+            dequant(format, isa).matmul(w, &Acts::float(&x, 768), &mut Tile::whole(&mut out, 5));
             out.iter().map(|y| y.to_bits()).collect::<Vec<_>>()
         };
         let mut row = vec![0.0; 768];
@@ -307,7 +370,8 @@ fn tables_are_complete_and_in_order() {
         }
     }
     for kernel in KERNELS {
-        let name = format!("{}/{}", kernel.format().name().to_lowercase(), kernel.isa().name());
+        let order = if kernel.layout() == Layout::Interleaved { "x8" } else { "" };
+        let name = format!("{}{order}/{}", kernel.format().name().to_lowercase(), kernel.isa().name());
         assert_eq!(kernel.name(), name);
         assert_eq!(KERNELS.iter().filter(|k| k.name() == name).count(), 1);
     }
@@ -334,13 +398,14 @@ fn choices_by_name() {
 fn misfits_panic() {
     let x = vec![0.5; 64];
     let mut buf = ActsBuf::default();
-    let acts = buf.quantize(ops(Isa::best()), &x, 64);
-    for kernel in KERNELS.iter().filter(|k| k.format() == Format::Q4_0 && k.supported()) {
+    let acts = quantize(&mut buf, Format::Q4_0, &x, 64);
+    let q4_0 = |k: &&&dyn Kernel| k.format() == Format::Q4_0 && k.layout() == Layout::Gguf && k.supported();
+    for kernel in KERNELS.iter().filter(q4_0) {
         let run = |bytes: usize, x: Acts, rows: usize, tokens: usize| {
             let mut out = vec![0.0; rows * tokens];
             let w = vec![0; bytes];
             std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                kernel.matmul(&w, &x, &mut Tile::whole(&mut out, rows));
+                kernel.matmul((&w[..]).into(), &x, &mut Tile::whole(&mut out, rows));
             }))
             .is_err()
         };

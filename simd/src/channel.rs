@@ -1,0 +1,346 @@
+//! The kernels of W2C, W4C and W8C, formats with one scale a row: all integers, one multiplication at the end.
+//!
+//! The one idea: these formats are nothing but words of four bytes, n = 16, 8 or 4 weights a word. The words of eight
+//! rows side by side, as the interleaved order has them and as transposing eight rows gives them, are multiplied by
+//! masking out one field of every byte at a time. In interleaved order that field holds four neighbouring weights. In
+//! GGUF order neighbours share a byte, so there the activations are put into the order of the fields instead:
+//!
+//! ```text
+//! activations of a word of n:   0 1 2 .. n   ->   0, n/4, n/2, 3n/4 | 1, n/4 + 1, ... | ...
+//! ```
+//!
+//! The sum of a row stays an i32 throughout: |q·a| ≤ 128·128, so up to 131 071 columns.
+
+use crate::format::Block;
+use crate::unpack::Vector;
+use crate::wide::{Eight, MANY, Range, Simd};
+use crate::{Acts, Layout, Rows, Tile};
+
+/// The product of all rows of `w` with all tokens of `x`.
+#[inline(always)]
+pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
+    let mut fields = Vec::new();
+    let a = match layout {
+        Layout::Gguf if bits::<B>() < 8 => {
+            fields.resize(x.q.len(), 0);
+            by_fields(x.q, bits::<B>(), &mut fields);
+            &fields[..]
+        }
+        _ => x.q,
+    };
+    let tokens = Tokens { a: a.as_chunks().0, x };
+    if x.tokens >= MANY {
+        Panel::<S>::new().matmul::<B>(s, layout, w, row_bytes, &tokens, out);
+    } else if layout == Layout::Gguf {
+        few::<S::Eight, B>(s.eight(), w, row_bytes, &tokens, out);
+    } else {
+        interleaved::<S, B>(s, w, row_bytes, &tokens, out);
+    }
+}
+
+/// Bits of a weight.
+const fn bits<B: Block>() -> usize {
+    B::FORMAT.block_bytes() * 8 / 32
+}
+
+/// The lowest bits of a byte, as many as a weight has. (No channel-wise format has more than 8.)
+const fn mask<B: Block>() -> u8 {
+    if bits::<B>() < 8 { (1 << bits::<B>()) - 1 } else { 255 }
+}
+
+/// Words of a group of 32 weights.
+const fn words<B: Block>() -> usize {
+    B::FORMAT.block_bytes() / 4
+}
+
+/// What the integers of a format are, and what has been added to them.
+#[inline(always)]
+fn range<S: Simd, B: Block>() -> (Range, i32) {
+    if B::SPAN > 127 { (Range::Full, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
+}
+
+/// Puts the activations of each word of weights into the order of its fields.
+#[inline(always)]
+fn by_fields(a: &[i8], bits: usize, out: &mut [i8]) {
+    let (a, out) = (a.as_chunks::<16>().0, out.as_chunks_mut::<16>().0);
+    for (a, out) in a.iter().zip(out) {
+        for i in 0..16 {
+            // Byte i%4 of field i/4, in a word of 16; of two words of 8.
+            out[i] = if bits == 2 { a[4 * (i % 4) + i / 4] } else { a[8 * (i / 8) + 2 * (i % 4) + i / 4 % 2] };
+        }
+    }
+}
+
+/// Activations in the order of the weights, and the rest of what is known of them.
+struct Tokens<'a> {
+    a: &'a [[i8; 32]],
+    x: &'a Acts<'a>,
+}
+
+impl Tokens<'_> {
+    /// The groups of token `t`.
+    #[inline(always)]
+    fn groups(&self, t: usize) -> &[[i8; 32]] {
+        let n = self.x.cols / 32;
+        &self.a[t * n..][..n]
+    }
+
+    /// From the running sum of products with token `t` to the output.
+    #[inline(always)]
+    fn finish<S: Simd, B: Block>(&self, s: S, t: usize, isum: S::I, row_scale: &[f32], out: &mut [f32]) {
+        let n = self.x.cols / 16;
+        let mut sum = 0;
+        for a in &self.x.sums[t * n..][..n] {
+            sum += *a as i32;
+        }
+        let isum = s.add(isum, s.splat(-range::<S, B>().1 * sum));
+        let mut lanes = [0.0; 16];
+        lanes[..row_scale.len()].copy_from_slice(row_scale);
+        let scale = s.mul_f32(s.load_f32(&lanes), s.splat_f32(self.x.scale[t]));
+        s.store_f32(s.mul_f32(s.to_f32(isum), scale), &mut lanes);
+        out.copy_from_slice(&lanes[..out.len()]);
+    }
+}
+
+/// Adds the products of one group, the first [`words`] of `w`, with 32 activations.
+#[inline(always)]
+fn add<S: Simd, B: Block>(s: S, acc: [S::I; 3], w: [S::B; 8], a: &[i8; 32]) -> [S::I; 3] {
+    match bits::<B>() {
+        2 => s.crumbs(acc, [w[0], w[1]], a),
+        4 => s.nibbles(acc, [w[0], w[1], w[2], w[3]], a),
+        _ => [s.dot32(acc[0], w, a, Range::Full), acc[1], acc[2]],
+    }
+}
+
+/// What [`add`] has added up.
+#[inline(always)]
+fn total<S: Simd, B: Block>(s: S, acc: [S::I; 3]) -> S::I {
+    if bits::<B>() < 8 { s.total(acc, bits::<B>()) } else { acc[0] }
+}
+
+/// Eight words of each of one to eight rows from byte `at` on: 32 bytes of each row, zeros beyond its end. Short of eight
+/// rows, the last stands in for the missing ones.
+#[inline(always)]
+fn eight_words<S: Eight>(s: S, w: &[u8], row_bytes: usize, at: usize) -> [S::B; 8] {
+    let last = w.len() / row_bytes - 1;
+    let mut rows = [s.splat_u8(0); 8];
+    for (i, row) in rows.iter_mut().enumerate() {
+        let bytes = &w[i.min(last) * row_bytes..][at..row_bytes];
+        *row = match bytes.first_chunk() {
+            Some(bytes) => s.load32(bytes),
+            None => {
+                let mut padded = [0; 32];
+                padded[..bytes.len()].copy_from_slice(bytes);
+                s.load32(&padded)
+            }
+        };
+    }
+    s.transpose(rows)
+}
+
+// Few tokens, GGUF order.
+
+#[inline(always)]
+fn few<S: Eight, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+    for (r, bytes) in w.bytes.chunks(8 * row_bytes).enumerate() {
+        let rows = 8 * r..8 * r + bytes.len() / row_bytes;
+        for t in 0..tokens.x.tokens {
+            let mut acc = [s.splat(0); 3];
+            for (at, a) in tokens.groups(t).chunks(8 / words::<B>()).enumerate() {
+                // The matmul will be in the eight rows after these next.
+                for i in 0..if at % 2 == 0 { 8 } else { 0 } {
+                    s.prefetch(bytes.as_ptr().wrapping_add((8 + i) * row_bytes + 32 * at));
+                }
+                let w = eight_words(s, bytes, row_bytes, 32 * at);
+                for (g, a) in a.iter().enumerate() {
+                    let mut group = w;
+                    group[..words::<B>()].copy_from_slice(&w[g * words::<B>()..][..words::<B>()]);
+                    acc = add::<S, B>(s, acc, group, a);
+                }
+            }
+            tokens.finish::<S, B>(s, t, total::<S, B>(s, acc), &w.scale[rows.clone()], &mut out.row(t)[rows.clone()]);
+        }
+    }
+}
+
+// Few tokens, interleaved order.
+
+/// Reads as many streams at once as there are rows for.
+#[inline(always)]
+fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+    let rows = w.bytes.len() / row_bytes;
+    let each = rows / (STREAMS * S::ROWS) * S::ROWS;
+    few_interleaved::<S, B, STREAMS>(s, w, row_bytes, 0, each, tokens, out);
+    let done = STREAMS * each;
+    let rest = (rows - done) / S::ROWS * S::ROWS;
+    few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, tokens, out);
+    few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done + rest, rows - done - rest, tokens, out);
+}
+
+/// Streams read at once, and how far ahead of each its bytes are asked for.
+const STREAMS: usize = 4;
+const AHEAD: usize = 1024;
+
+/// Rows `from..from + N·each`: `N` streams of `each` rows.
+#[inline(always)]
+fn few_interleaved<S: Simd, B: Block, const N: usize>(
+    s: S,
+    w: Rows,
+    row_bytes: usize,
+    from: usize,
+    each: usize,
+    tokens: &Tokens,
+    out: &mut Tile,
+) {
+    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+    for r in (0..each).step_by(S::ROWS) {
+        let mut streams = [[&[][..]; 2]; N];
+        for (i, stream) in streams.iter_mut().enumerate() {
+            let first = from + i * each + r;
+            // The second group, where there is one; where not, it is never looked at.
+            let second = if S::ROWS == 16 { first + 8 } else { first };
+            *stream = [first, second].map(|row| &w.bytes[row * row_bytes..][..8 * row_bytes]);
+        }
+        for t in 0..tokens.x.tokens {
+            let mut acc = [[s.splat(0); 3]; N];
+            for (g, a) in tokens.groups(t).iter().enumerate() {
+                for i in 0..N {
+                    let block = Vector::block(streams[i], g, block_bytes);
+                    for line in (0..block_bytes).step_by(64) {
+                        s.prefetch(block.ahead(0, line + AHEAD));
+                        if S::ROWS == 16 {
+                            s.prefetch(block.ahead(1, line + AHEAD));
+                        }
+                    }
+                    let mut group = [s.splat_u8(0); 8];
+                    for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
+                        *word = s.load(block.fields(4 * u));
+                    }
+                    acc[i] = add::<S, B>(s, acc[i], group, a);
+                }
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                let rows = from + i * each + r..from + i * each + r + S::ROWS;
+                let isum = total::<S, B>(s, acc);
+                tokens.finish::<S, B>(s, t, isum, &w.scale[rows.clone()], &mut out.row(t)[rows]);
+            }
+        }
+    }
+}
+
+// Many tokens.
+
+/// Groups of a panel: 1024 weights of each row.
+const CHUNK: usize = 32;
+
+/// Up to [`CHUNK`] groups of `S::ROWS` rows, a weight to a byte: eight vectors a group, four weights of each row in each;
+/// with 16 rows, the two vectors of a step side by side.
+#[repr(align(64))]
+struct Panel<S: Simd> {
+    q: [[u8; 32]; 16 * CHUNK],
+    /// Running sums of every token.
+    acc: Vec<[i32; 16]>,
+    isa: std::marker::PhantomData<S>,
+}
+
+impl<S: Simd> Panel<S> {
+    /// Vectors of eight rows in a panel of `S::ROWS`.
+    const GROUPS: usize = S::ROWS / 8;
+
+    #[inline(always)]
+    fn new() -> Panel<S> {
+        Panel { q: [[0; 32]; 16 * CHUNK], acc: Vec::new(), isa: std::marker::PhantomData }
+    }
+
+    /// All rows times all tokens.
+    #[inline(always)]
+    fn matmul<B: Block>(&mut self, s: S, layout: Layout, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+        let n_tokens = tokens.x.tokens;
+        for (r, bytes) in w.bytes.chunks(S::ROWS * row_bytes).enumerate() {
+            let rows = r * S::ROWS..r * S::ROWS + bytes.len() / row_bytes;
+            self.acc.clear();
+            self.acc.resize(n_tokens, [0; 16]);
+            for from in (0..tokens.x.cols / 32).step_by(CHUNK) {
+                let n = CHUNK.min(tokens.x.cols / 32 - from);
+                for (half, bytes) in bytes.chunks(8 * row_bytes).enumerate() {
+                    self.spread::<B>(s.eight(), layout, half, bytes, row_bytes, from, n);
+                }
+                let mut t = 0;
+                while t + 4 <= n_tokens {
+                    self.multiply::<B, 4>(s, tokens, t, from, n);
+                    t += 4;
+                }
+                while t < n_tokens {
+                    self.multiply::<B, 1>(s, tokens, t, from, n);
+                    t += 1;
+                }
+            }
+            for t in 0..n_tokens {
+                let isum = s.load_i32(&self.acc[t]);
+                tokens.finish::<S, B>(s, t, isum, &w.scale[rows.clone()], &mut out.row(t)[rows.clone()]);
+            }
+        }
+    }
+
+    /// A byte to a weight: groups `from..from + n` of one to eight rows, as rows `8·half..` of the panel.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn spread<B: Block>(
+        &mut self,
+        s: S::Eight,
+        layout: Layout,
+        half: usize,
+        w: &[u8],
+        row_bytes: usize,
+        from: usize,
+        n: usize,
+    ) {
+        let per_load = const { 8 / words::<B>() };
+        for k in (0..n).step_by(per_load) {
+            let words = match layout {
+                Layout::Gguf => eight_words(s, w, row_bytes, (from + k) * B::FORMAT.block_bytes()),
+                Layout::Interleaved => {
+                    let at = 8 * (from + k) * B::FORMAT.block_bytes();
+                    let mut words = [s.splat_u8(0); 8];
+                    for (word, bytes) in words.iter_mut().zip(w[at..].as_chunks().0) {
+                        *word = s.load32(bytes);
+                    }
+                    words
+                }
+            };
+            for g in 0..per_load.min(n - k) {
+                let out = &mut self.q[8 * Self::GROUPS * (k + g)..][..8 * Self::GROUPS];
+                let fields = const { 8 / bits::<B>() };
+                for v in 0..8 {
+                    let word = words[(8 * g + v) / fields];
+                    let code = s.field(word, bits::<B>() * (v % fields), mask::<B>());
+                    s.store(code, &mut out[v * Self::GROUPS + half]);
+                }
+            }
+        }
+    }
+
+    /// Adds groups `from..from + n`, which are in the panel, to the sums of tokens `t..t + T`.
+    #[inline(always)]
+    fn multiply<B: Block, const T: usize>(&mut self, s: S, tokens: &Tokens, t: usize, from: usize, n: usize) {
+        let range = range::<S, B>().0;
+        let mut acc = [s.splat(0); T];
+        let mut a = [&[][..]; T];
+        for i in 0..T {
+            a[i] = &tokens.groups(t + i)[from..from + n];
+            acc[i] = s.load_i32(&self.acc[t + i]);
+        }
+        for (k, q) in self.q.chunks_exact(8 * Self::GROUPS).take(n).enumerate() {
+            let mut w = [s.splat_u8(0); 8];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = s.load([&q[v * Self::GROUPS], &q[(v + 1) * Self::GROUPS - 1]]);
+            }
+            for (acc, a) in acc.iter_mut().zip(&a) {
+                *acc = s.dot32(*acc, w, &a[k], range);
+            }
+        }
+        for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
+            s.store_i32(acc, kept);
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The interleaved order of a matrix: eight rows side by side, so that rows stand in the lanes of a vector as they are read.
+//!
+//! The one idea: of eight rows, block b of each row is taken together, and every field of the block is dealt out in small
+//! units, row after row: two bytes at a time for scales, four for weights. Byte `at` of a row's block, unit `u` of its
+//! field, comes to stand at
+//!
+//! ```text
+//! 8·(start of the field) + u·8·(bytes of a unit) + row·(bytes of a unit) + (byte within the unit)
+//! ```
+//!
+//! so the size does not change, and 32 bytes hold four bytes of each of eight rows. Q4_0, of 18 bytes a row and block:
+//!
+//! ```text
+//! 0     d of rows 0..8           16 bytes
+//! 16    bytes 2..6 of row 0 | bytes 2..6 of row 1 | ... | bytes 2..6 of row 7        32 bytes
+//! 48    bytes 6..10 ...
+//! ```
+//!
+//! One order serves every ISA. W2C and W4C hold neighbouring weights in one byte; within a unit their fields are
+//! transposed, so that a shift and a mask give four neighbouring weights of each row, as with the others.
+
+#![forbid(unsafe_code)]
+
+use crate::Format;
+
+/// Rows dealt out together.
+pub const ROWS: usize = 8;
+
+impl Format {
+    /// Whether this format has an interleaved order.
+    pub const fn interleaves(self) -> bool {
+        !self.fields().is_empty()
+    }
+
+    /// The fields of a block: where each starts, and the bytes of a unit. A field ends where the next starts.
+    const fn fields(self) -> &'static [(usize, usize)] {
+        match self {
+            Format::Q4_0 | Format::Q8_0 | Format::Iq4Nl => &[(0, 2), (2, 4)],
+            Format::Q4K | Format::Q5K => &[(0, 2), (4, 4)],
+            Format::Q6K => &[(0, 4), (192, 2)],
+            Format::W2C | Format::W4C | Format::W8C => &[(0, 4)],
+            _ => &[],
+        }
+    }
+
+    /// Puts `rows`, which are [`ROWS`] rows in GGUF order, into interleaved order.
+    ///
+    /// # Panics
+    /// If the format does not interleave, or if the slices are not eight rows of whole blocks, and equally long.
+    pub fn interleave(self, rows: &[u8], out: &mut [u8]) {
+        self.deal(rows, out, |row, dealt, rows, out| out[dealt..][..row.len()].copy_from_slice(&rows[row]));
+        transpose_units(self, out, false);
+    }
+
+    /// The inverse of [`Format::interleave`].
+    ///
+    /// # Panics
+    /// As [`Format::interleave`].
+    pub fn deinterleave(self, interleaved: &[u8], out: &mut [u8]) {
+        let mut units = interleaved.to_vec();
+        transpose_units(self, &mut units, true);
+        self.deal(&units, out, |row, dealt, units, out| {
+            let n = row.len();
+            out[row].copy_from_slice(&units[dealt..][..n]);
+        });
+    }
+
+    /// Calls `unit` for every unit: its range in eight rows, and where it starts when interleaved.
+    fn deal(self, from: &[u8], to: &mut [u8], unit: impl Fn(std::ops::Range<usize>, usize, &[u8], &mut [u8])) {
+        let (block, name) = (self.block_bytes(), self.name());
+        assert!(self.interleaves(), "{name}: has no interleaved order");
+        assert!(from.len() == to.len(), "{name}: {} bytes into {}", from.len(), to.len());
+        assert!(from.len().is_multiple_of(ROWS * block), "{name}: {} bytes: expected eight rows of blocks", from.len());
+        let row_bytes = from.len() / ROWS;
+        let fields = self.fields();
+        for b in 0..row_bytes / block {
+            for (f, &(start, size)) in fields.iter().enumerate() {
+                let end = fields.get(f + 1).map_or(block, |next| next.0);
+                for at in (start..end).step_by(size) {
+                    for row in 0..ROWS {
+                        let first = row * row_bytes + b * block + at;
+                        unit(first..first + size, ROWS * (b * block + at) + row * size, from, to);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bits of a weight of a format whose bytes hold neighbouring weights; their units are transposed.
+const fn narrow(format: Format) -> Option<usize> {
+    match format {
+        Format::W2C => Some(2),
+        Format::W4C => Some(4),
+        _ => None,
+    }
+}
+
+/// Moves weight k of each unit of four bytes from byte k/n, field k%n to byte k%4, field k/4, or back; n to a byte.
+fn transpose_units(format: Format, bytes: &mut [u8], back: bool) {
+    let Some(bits) = narrow(format) else { return };
+    let n = 8 / bits;
+    for unit in bytes.as_chunks_mut::<4>().0 {
+        let from = std::mem::take(unit);
+        for k in 0..4 * n {
+            let (rows, units) = ((k / n, k % n), (k % 4, k / 4));
+            let (read, write) = if back { (units, rows) } else { (rows, units) };
+            let field = from[read.0] >> (bits * read.1) & ((1 << bits) - 1);
+            unit[write.0] |= field << (bits * write.1);
+        }
+    }
+}

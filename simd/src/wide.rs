@@ -1,0 +1,640 @@
+//! The kernels of every ISA with vectors, written once.
+//!
+//! The one idea: rows stand in lanes. Eight rows (sixteen on AVX-512) are worked on at a time and their sums meet in
+//! one vector, so the canonical order of `scalar.rs` (one f32 accumulator for each row, groups in order) costs nothing.
+//! What an ISA must offer is the trait [`Simd`]: loads, integer dot products of four activations with four weights of
+//! every row, and f32 arithmetic. What a format must offer is in `unpack.rs`. Three loops give the same bits:
+//!
+//! *Few tokens, GGUF order* ([`few`]): eight rows are read where they lie; each row's vector of 32 weights meets the same
+//! 32 activations, and eight vectors of partial sums are added across.
+//!
+//! *Few tokens, interleaved order* ([`few_interleaved`], see `interleave.rs`): four weights of each row stand side by
+//! side, so nothing is added across, and several groups of rows far apart are read as separate streams.
+//!
+//! *Many tokens* ([`Panel`]): some rows of up to 1024 weights are unpacked once and multiplied by all tokens, four at a
+//! time. A group of 32 weights of eight rows lies in a panel as 8 vectors, which is also what the interleaved order holds:
+//!
+//! ```text
+//! vector v:  row 0: k = 4v..4v+4 | row 1: k = 4v..4v+4 | ... | row 7: k = 4v..4v+4      (32 bytes)
+//!
+//! for each four tokens t                       for each group
+//!     isum[t] = Σ_v dot(vector v, activations 4v..4v+4 of t in every lane)
+//!     acc[t] = fma(isum[t] as f32, d·da[t], acc[t])
+//! ```
+
+use std::marker::PhantomData;
+
+use crate::channel;
+use crate::format::Block;
+use crate::scalar::check;
+use crate::unpack::{self, EightRows, Lanes, Row, Vector};
+use crate::{Acts, Format, Isa, Kernel, Layout, Rows, Tile};
+
+/// From this many tokens on, unpacking weights into a panel pays also for formats with a loop of their own.
+pub(crate) const MANY: usize = 6;
+
+/// What integers the weights of a dot product may be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Range {
+    /// `0..=span` as unsigned bytes, span ≤ 127; activations −128..=127.
+    Unsigned(i32),
+    /// −128..=127 as signed bytes; activations −127..=127.
+    Signed,
+    /// −128..=127 as signed bytes; activations −128..=127.
+    Full,
+}
+
+/// An ISA's vectors, [`Simd::ROWS`] rows in lanes. A value proves that this CPU has the ISA, so the methods are safe.
+///
+/// Every method is inlined into a function compiled for the ISA ([`Simd::enter`] is the way in).
+pub(crate) trait Simd: Copy {
+    /// Four bytes of each row.
+    type B: Copy;
+    /// An i32 for each row.
+    type I: Copy;
+    /// An f32 for each row.
+    type F: Copy;
+    /// The same ISA with eight rows in lanes; itself, unless `ROWS` is 16.
+    type Eight: Eight;
+
+    const ISA: Isa;
+    /// 8, or 16. With 16, rows come as two groups of eight; with 8, the second group of each pair below is ignored.
+    const ROWS: usize;
+    /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
+    const SIGNED_BIAS: i32;
+
+    /// The proof. `None` if this CPU lacks the ISA.
+    fn new() -> Option<Self>;
+    fn eight(self) -> Self::Eight;
+    /// The product, compiled for this ISA.
+    fn enter<B: Block>(self, product: Product<B>);
+
+    fn load(self, groups: [&[u8; 32]; 2]) -> Self::B;
+    fn splat_u8(self, value: u8) -> Self::B;
+    /// `(b >> shift) & mask` in every byte.
+    fn field(self, b: Self::B, shift: usize, mask: u8) -> Self::B;
+    /// `b << n` in every byte; no bit may leave its byte.
+    fn shl(self, b: Self::B, n: usize) -> Self::B;
+    fn or(self, a: Self::B, b: Self::B) -> Self::B;
+    /// `table[i]` for every byte i, all below 16.
+    fn look_up(self, table: &[i8; 16], indices: Self::B) -> Self::B;
+
+    fn splat(self, value: i32) -> Self::I;
+    fn load_i32(self, from: &[i32; 16]) -> Self::I;
+    fn store_i32(self, v: Self::I, to: &mut [i32; 16]);
+    fn add(self, a: Self::I, b: Self::I) -> Self::I;
+    fn sub(self, a: Self::I, b: Self::I) -> Self::I;
+    fn mul(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `(v >> shift) & mask` in every lane, unsigned.
+    fn field_i32(self, v: Self::I, shift: usize, mask: u32) -> Self::I;
+    /// `v << n` in every lane.
+    fn shl_i32(self, v: Self::I, n: usize) -> Self::I;
+    /// The bytes of each row as an i32, little-endian.
+    fn words(self, b: Self::B) -> Self::I;
+    /// Two signed bytes of each row, apart.
+    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Self::I; 2];
+
+    fn zero(self) -> Self::F;
+    fn splat_f32(self, value: f32) -> Self::F;
+    fn load_f32(self, from: &[f32; 16]) -> Self::F;
+    fn store_f32(self, v: Self::F, to: &mut [f32; 16]);
+    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F;
+    fn to_f32(self, v: Self::I) -> Self::F;
+    fn mul_f32(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `fma(a, b, c)`.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `fma(a, −b, c)`.
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+
+    /// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
+    fn prefetch(self, at: *const u8);
+
+    /// `acc` plus the products of 16 weights of each row, four in each of `w`, with 16 activations.
+    fn dot16(self, acc: Self::I, w: [Self::B; 4], a: &[i8; 16], range: Range) -> Self::I;
+
+    /// The same for 32 of them.
+    #[inline(always)]
+    fn dot32(self, acc: Self::I, w: [Self::B; 8], a: &[i8; 32], range: Range) -> Self::I {
+        let (first, second) = halves(a);
+        let acc = self.dot16(acc, [w[0], w[1], w[2], w[3]], first, range);
+        self.dot16(acc, [w[4], w[5], w[6], w[7]], second, range)
+    }
+
+    /// `acc + scale·(the products)`; |scale| ≤ 128.
+    #[inline(always)]
+    fn dot16_scaled(self, acc: Self::I, w: [Self::B; 4], a: &[i8; 16], range: Range, scale: Self::I) -> Self::I {
+        self.add(acc, self.mul(self.dot16(self.splat(0), w, a, range), scale))
+    }
+
+    /// Adds the products of 32 two-bit weights of each row with 32 activations to running sums, of which only
+    /// [`Simd::total`] knows the meaning. Bits 2c and 2c + 1 of the four bytes of `w[u]` are weights 16u + 4c.. .
+    #[inline(always)]
+    fn crumbs(self, acc: [Self::I; 3], w: [Self::B; 2], a: &[i8; 32]) -> [Self::I; 3] {
+        let mut codes = [w[0]; 8];
+        for (v, code) in codes.iter_mut().enumerate() {
+            *code = self.field(w[v / 4], 2 * (v % 4), 3);
+        }
+        [self.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
+    }
+    /// The same for four-bit weights: bits 4c.. of `w[u]` are weights 8u + 4c.. .
+    #[inline(always)]
+    fn nibbles(self, acc: [Self::I; 3], w: [Self::B; 4], a: &[i8; 32]) -> [Self::I; 3] {
+        let mut codes = [w[0]; 8];
+        for (v, code) in codes.iter_mut().enumerate() {
+            *code = self.field(w[v / 2], 4 * (v % 2), 15);
+        }
+        [self.dot32(acc[0], codes, a, Range::Unsigned(15)), acc[1], acc[2]]
+    }
+    /// The sum of products behind what [`Simd::crumbs`] or [`Simd::nibbles`] have added up.
+    #[inline(always)]
+    fn total(self, acc: [Self::I; 3], bits: usize) -> Self::I {
+        let _ = bits;
+        acc[0]
+    }
+
+    /// −bias·(sums[0] + sums[1]) in every lane: what a dot product of 32 biased weights starts from.
+    fn start(self, sums: &[i16; 2], bias: i32) -> Self::I;
+    /// scales[0]·sums[0] + scales[1]·sums[1]; the scales fit in 16 bits.
+    fn weighted(self, scales: [Self::I; 2], sums: &[i16; 2]) -> Self::I;
+}
+
+/// Eight rows in lanes, and what reading rows in GGUF order takes: vectors of 32 weights of one row.
+pub(crate) trait Eight: Simd {
+    /// 32 bytes of a row.
+    fn load32(self, bytes: &[u8; 32]) -> Self::B;
+    fn store(self, b: Self::B, to: &mut [u8; 32]);
+    /// 16 bytes of nibbles: low nibbles, then high nibbles.
+    fn load_nibbles(self, bytes: &[u8; 16]) -> Self::B;
+    /// `value` for each of 32 bits that is set, the least significant first.
+    fn bits(self, bits: [u8; 4], value: u8) -> Self::B;
+    /// One half as f32.
+    fn half(self, bits: u16) -> f32;
+
+    /// For each row, the products of its 32 weights with the activations: those of the first 16, those of the rest.
+    fn across(self, w: [Self::B; 8], a: &[i8; 32], range: Range) -> [Self::I; 2];
+    /// For each row, the products of its 32 nibbles (as [`Eight::load_nibbles`] orders them) with the activations.
+    fn nibbles_across(self, rows: [&[u8; 16]; 8], a: &[i8; 32]) -> Self::I;
+    /// Vectors of rows to vectors of columns: four bytes of each row in every vector.
+    fn transpose(self, rows: [Self::B; 8]) -> [Self::B; 8];
+    /// The half at byte `at` of each row.
+    #[inline(always)]
+    fn halves_of(self, rows: &EightRows, at: usize) -> Self::F {
+        let bytes = rows.two(at);
+        self.halves([&bytes, &bytes])
+    }
+}
+
+/// The first 16 and the last 16.
+#[inline(always)]
+pub(crate) fn halves(a: &[i8; 32]) -> (&[i8; 16], &[i8; 16]) {
+    let (halves, _) = a.as_chunks();
+    (&halves[0], &halves[1])
+}
+
+/// The kernel of a block format on an ISA, for one order of bytes.
+pub(crate) struct Wide<S, B>(pub &'static str, pub Layout, pub PhantomData<fn() -> (S, B)>);
+
+impl<S: Simd, B: Block> Kernel for Wide<S, B> {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+    fn format(&self) -> Format {
+        B::FORMAT
+    }
+    fn isa(&self) -> Isa {
+        S::ISA
+    }
+    fn layout(&self) -> Layout {
+        self.1
+    }
+    fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile) {
+        let s = S::new().unwrap_or_else(|| panic!("{}: not on this CPU", self.name()));
+        let row_bytes = check(B::FORMAT, self.1, &w, x, out);
+        if !w.bytes.is_empty() && x.tokens > 0 {
+            s.enter::<B>(Product { layout: self.1, w, row_bytes, x, out, format: PhantomData });
+        }
+    }
+}
+
+/// A matrix product: what [`Kernel::matmul`] was given, checked and not empty.
+pub(crate) struct Product<'p, 'w, 'x, 'o, B> {
+    pub layout: Layout,
+    pub w: Rows<'w>,
+    pub row_bytes: usize,
+    pub x: &'p Acts<'x>,
+    pub out: &'p mut Tile<'o>,
+    format: PhantomData<B>,
+}
+
+impl<B: Block> Product<'_, '_, '_, '_, B> {
+    /// Computes it. To be inlined into a function compiled for the ISA of `S`.
+    #[inline(always)]
+    pub fn run<S: Simd>(self, s: S) {
+        let Product { layout, w, row_bytes, x, out, .. } = self;
+        if const { B::FORMAT.is_channel() } {
+            return channel::matmul::<S, B>(s, layout, w, row_bytes, x, out);
+        }
+        let few_tokens = x.tokens < MANY;
+        match layout {
+            Layout::Gguf if few_tokens && const { unpack::own_loop(B::FORMAT) } => {
+                few::<S::Eight, B>(s.eight(), w.bytes, row_bytes, x, out);
+            }
+            Layout::Interleaved if few_tokens => interleaved::<S, B>(s, w.bytes, row_bytes, x, out),
+            _ => Panel::<S>::new().matmul::<B>(s, layout, w.bytes, row_bytes, x, out),
+        }
+    }
+}
+
+/// The quantised activations of one token, by groups.
+#[derive(Clone, Copy)]
+struct Token<'a> {
+    a: &'a [[i8; 32]],
+    da: &'a [f32],
+    sums: &'a [[i16; 2]],
+}
+
+impl<'a> Token<'a> {
+    /// Groups `from..from + n` of token `t`.
+    #[inline(always)]
+    fn of(x: &Acts<'a>, t: usize, from: usize, n: usize) -> Token<'a> {
+        let at = t * (x.cols / 32) + from;
+        Token { a: &x.q.as_chunks().0[at..][..n], da: &x.scale[at..][..n], sums: &x.sums.as_chunks().0[at..][..n] }
+    }
+
+    /// Group `k`, which must be one of the `n` asked for.
+    #[inline(always)]
+    fn group(&self, k: usize) -> (&'a [i8; 32], f32, &'a [i16; 2]) {
+        (&self.a[k], self.da[k], &self.sums[k])
+    }
+}
+
+/// What the integers of a format are, and what is added to them to make them so.
+#[inline(always)]
+fn range<S: Simd, B: Block>() -> (Range, i32) {
+    if B::SPAN > 127 { (Range::Signed, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
+}
+
+/// The last lines of the canonical order: from the raw sums of a group to the accumulator. `sums` are those of both
+/// halves together where the format has one scale for both (`isum[1]` is ignored), and start from [`start`].
+#[inline(always)]
+fn step<S: Simd, B: Block>(s: S, isum: S::I, lanes: &Lanes<S>, da: f32, sums: &[i16; 2], acc: S::F) -> S::F {
+    let da = s.splat_f32(da);
+    let acc = s.fma(s.to_f32(isum), s.mul_f32(lanes.d, da), acc);
+    if !B::MINIMA {
+        return acc;
+    }
+    let msum = s.weighted(lanes.m, sums);
+    s.fnma(s.to_f32(msum), s.mul_f32(lanes.dmin, da), acc)
+}
+
+/// The integer sum of a group whose weights are four of each row to a vector.
+#[inline(always)]
+fn sum<S: Simd, B: Block>(s: S, w: [S::B; 8], lanes: &Lanes<S>, a: &[i8; 32], sums: &[i16; 2]) -> S::I {
+    let (range, bias) = range::<S, B>();
+    let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+    if !const { unpack::sub_scales(B::FORMAT) } {
+        let start = if bias > 0 { s.start(sums, bias) } else { s.splat(0) };
+        return s.dot32(start, w, a, range);
+    }
+    let (a_first, a_second) = halves(a);
+    let start = if bias > 0 {
+        let biased = [s.mul(lanes.s[0], s.splat(-bias)), s.mul(lanes.s[1], s.splat(-bias))];
+        s.weighted(biased, sums)
+    } else {
+        s.splat(0)
+    };
+    let isum = s.dot16_scaled(start, first, a_first, range, lanes.s[0]);
+    s.dot16_scaled(isum, second, a_second, range, lanes.s[1])
+}
+
+// Few tokens, GGUF order.
+
+#[inline(always)]
+fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
+    let per_block = const { B::FORMAT.block_elems() / 32 };
+    let block_bytes = const { B::FORMAT.block_bytes() };
+    let blocks = row_bytes / block_bytes;
+    for (r, w) in w.chunks(8 * row_bytes).enumerate() {
+        let n = w.len() / row_bytes;
+        let rows = EightRows::new(w, row_bytes);
+        for t in 0..x.tokens {
+            let token = Token::of(x, t, 0, blocks * per_block);
+            let mut acc = s.zero();
+            for b in 0..blocks {
+                let block = rows.block(b, block_bytes);
+                // The matmul will be in the eight rows after these next.
+                block.each_line(block_bytes, b, |at| s.prefetch(at.wrapping_add(8 * row_bytes)));
+                let common = unpack::common::<S, B, _>(s, &block);
+                for g in 0..per_block {
+                    let (a, da, sums) = token.group(b * per_block + g);
+                    let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
+                    let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
+                    acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
+                }
+            }
+            store(s, acc, &mut out.row(t)[8 * r..][..n]);
+        }
+    }
+}
+
+/// [`sum`] for weights in GGUF order.
+#[inline(always)]
+fn sum_across<S: Eight, B: Block>(
+    s: S,
+    block: &EightRows,
+    g: usize,
+    lanes: &Lanes<S>,
+    a: &[i8; 32],
+    sums: &[i16; 2],
+) -> S::I {
+    let (range, bias) = range::<S, B>();
+    if let Some(at) = const { unpack::plain_nibbles(B::FORMAT) } {
+        let isum = s.nibbles_across(block.sixteen(at), a);
+        return if bias > 0 { s.add(isum, s.start(sums, bias)) } else { isum };
+    }
+    let mut w = [s.splat_u8(0); 8];
+    for (i, w) in w.iter_mut().enumerate() {
+        *w = unpack::codes::<S, B, _>(s, Row(block.row(i)), g);
+    }
+    let isum = s.across(w, a, range);
+    if !const { unpack::sub_scales(B::FORMAT) } {
+        let isum = s.add(isum[0], isum[1]);
+        return if bias > 0 { s.add(isum, s.start(sums, bias)) } else { isum };
+    }
+    let isum = s.add(s.mul(isum[0], lanes.s[0]), s.mul(isum[1], lanes.s[1]));
+    if bias == 0 {
+        return isum;
+    }
+    s.sub(isum, s.mul(s.weighted(lanes.s, sums), s.splat(bias)))
+}
+
+/// Writes as many lanes as `out` has room for.
+#[inline(always)]
+fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
+    let mut lanes = [0.0; 16];
+    s.store_f32(v, &mut lanes);
+    out.copy_from_slice(&lanes[..out.len()]);
+}
+
+// Few tokens, interleaved order.
+
+/// Reads as many streams at once as there are rows for.
+#[inline(always)]
+fn interleaved<S: Simd, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
+    let rows = w.len() / row_bytes;
+    // Blocks of many groups keep many vectors alive: fewer streams.
+    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 64 / S::ROWS } };
+    let each = rows / (streams * S::ROWS) * S::ROWS;
+    let mut done = streams * each;
+    match streams {
+        8 => few_interleaved::<S, B, 8>(s, w, row_bytes, 0, each, x, out),
+        4 => few_interleaved::<S, B, 4>(s, w, row_bytes, 0, each, x, out),
+        _ => few_interleaved::<S, B, 2>(s, w, row_bytes, 0, each, x, out),
+    }
+    let rest = (rows - done) / S::ROWS * S::ROWS;
+    few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, x, out);
+    done += rest;
+    few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done, rows - done, x, out);
+}
+
+/// Rows `from..from + N·each`: `N` streams of `each` rows.
+#[inline(always)]
+fn few_interleaved<S: Simd, B: Block, const N: usize>(
+    s: S,
+    w: &[u8],
+    row_bytes: usize,
+    from: usize,
+    each: usize,
+    x: &Acts,
+    out: &mut Tile,
+) {
+    let per_block = const { B::FORMAT.block_elems() / 32 };
+    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+    let blocks = row_bytes / const { B::FORMAT.block_bytes() };
+    for r in (0..each).step_by(S::ROWS) {
+        let mut streams = [[&[][..]; 2]; N];
+        for (i, stream) in streams.iter_mut().enumerate() {
+            let first = from + i * each + r;
+            // The second group, where there is one; where not, it is never looked at.
+            let second = if S::ROWS == 16 { first + 8 } else { first };
+            *stream = [first, second].map(|row| &w[row * row_bytes..][..8 * row_bytes]);
+        }
+        for t in 0..x.tokens {
+            let token = Token::of(x, t, 0, blocks * per_block);
+            let mut acc = [s.zero(); N];
+            for b in 0..blocks {
+                let mut common = [unpack::Common::<S>::none(s); N];
+                let mut block = [Vector::none(); N];
+                for i in 0..N {
+                    block[i] = Vector::block(streams[i], b, block_bytes);
+                    for line in (0..block_bytes).step_by(64) {
+                        s.prefetch(block[i].ahead(0, line + AHEAD));
+                        if S::ROWS == 16 {
+                            s.prefetch(block[i].ahead(1, line + AHEAD));
+                        }
+                    }
+                    common[i] = unpack::common::<S, B, _>(s, &block[i]);
+                }
+                for g in 0..per_block {
+                    let (a, da, sums) = token.group(b * per_block + g);
+                    for i in 0..N {
+                        let lanes = unpack::lanes::<S, B, _>(s, &block[i], &common[i], g);
+                        let mut w = [s.splat_u8(0); 8];
+                        for (v, w) in w.iter_mut().enumerate() {
+                            *w = unpack::codes::<S, B, _>(s, block[i].at(v), g);
+                        }
+                        let isum = sum::<S, B>(s, w, &lanes, a, sums);
+                        acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
+                    }
+                }
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                store(s, acc, &mut out.row(t)[from + i * each + r..][..S::ROWS]);
+            }
+        }
+    }
+}
+
+/// How far ahead of a stream its bytes are asked for.
+const AHEAD: usize = 1024;
+
+// Many tokens.
+
+/// Groups of a panel: 1024 weights of each row, 8 KB for eight rows, well within the first-level cache.
+const CHUNK: usize = 32;
+
+/// Up to [`CHUNK`] groups of `S::ROWS` rows, unpacked.
+#[repr(align(64))]
+struct Panel<S> {
+    /// Weights as the drawing above; with 16 rows, the two vectors of a step side by side.
+    q: [[u8; 32]; 16 * CHUNK],
+    s: [[[i32; 16]; 2]; CHUNK],
+    m: [[[i32; 16]; 2]; CHUNK],
+    d: [[f32; 16]; CHUNK],
+    dmin: [[f32; 16]; CHUNK],
+    /// Accumulators of every token, kept from one chunk of a row to the next.
+    acc: Vec<[f32; 16]>,
+    isa: PhantomData<S>,
+}
+
+impl<S: Simd> Panel<S> {
+    #[inline(always)]
+    fn new() -> Panel<S> {
+        Panel {
+            q: [[0; 32]; 16 * CHUNK],
+            s: [[[0; 16]; 2]; CHUNK],
+            m: [[[0; 16]; 2]; CHUNK],
+            d: [[0.0; 16]; CHUNK],
+            dmin: [[0.0; 16]; CHUNK],
+            acc: Vec::new(),
+            isa: PhantomData,
+        }
+    }
+
+    /// All rows times all tokens.
+    #[inline(always)]
+    fn matmul<B: Block>(&mut self, s: S, layout: Layout, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
+        let groups = x.cols / 32;
+        for (r, w) in w.chunks(S::ROWS * row_bytes).enumerate() {
+            let n_rows = w.len() / row_bytes;
+            self.acc.clear();
+            self.acc.resize(x.tokens, [0.0; 16]);
+            for from in (0..groups).step_by(CHUNK) {
+                let n = CHUNK.min(groups - from);
+                for (half, w) in w.chunks(8 * row_bytes).enumerate() {
+                    match layout {
+                        Layout::Gguf => self.unpack::<B>(s.eight(), half, w, row_bytes, from, n),
+                        Layout::Interleaved => self.spread::<B>(s.eight(), half, w, from, n),
+                    }
+                }
+                let mut t = 0;
+                while t + 4 <= x.tokens {
+                    self.multiply::<B, 4>(s, x, t, from, n);
+                    t += 4;
+                }
+                while t < x.tokens {
+                    self.multiply::<B, 1>(s, x, t, from, n);
+                    t += 1;
+                }
+            }
+            for (t, acc) in self.acc.iter().enumerate() {
+                out.row(t)[r * S::ROWS..][..n_rows].copy_from_slice(&acc[..n_rows]);
+            }
+        }
+    }
+
+    /// Vectors of eight rows in a panel of `S::ROWS`.
+    const GROUPS: usize = S::ROWS / 8;
+
+    /// Unpacks groups `from..from + n` of one to eight rows in GGUF order, whole blocks, as rows `8·half..` of the
+    /// panel. Lanes without a row keep what they had.
+    #[inline(always)]
+    fn unpack<B: Block>(&mut self, s: S::Eight, half: usize, w: &[u8], row_bytes: usize, from: usize, n: usize) {
+        let per_block = const { B::FORMAT.block_elems() / 32 };
+        let block_bytes = const { B::FORMAT.block_bytes() };
+        let rows = EightRows::new(w, row_bytes);
+        let n_rows = w.len() / row_bytes;
+        for b in 0..n / per_block {
+            let block = rows.block(from / per_block + b, block_bytes);
+            for g in 0..per_block {
+                let k = b * per_block + g;
+                let mut codes = [s.splat_u8(0); 8];
+                for (i, codes) in codes.iter_mut().enumerate() {
+                    *codes = unpack::codes::<S::Eight, B, _>(s, Row(block.row(i)), g);
+                }
+                let out = &mut self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
+                for (v, codes) in s.transpose(codes).into_iter().enumerate() {
+                    s.store(codes, &mut out[v * Self::GROUPS + half]);
+                }
+                for i in 0..n_rows {
+                    let scales = B::scales(block.row(i), g, |bits| s.half(bits));
+                    let lane = 8 * half + i;
+                    (self.d[k][lane], self.dmin[k][lane]) = (scales.d, scales.dmin);
+                    (self.s[k][0][lane], self.s[k][1][lane]) = (scales.s[0], scales.s[1]);
+                    (self.m[k][0][lane], self.m[k][1][lane]) = (scales.m[0], scales.m[1]);
+                }
+            }
+        }
+    }
+
+    /// The same for eight rows in interleaved order.
+    #[inline(always)]
+    fn spread<B: Block>(&mut self, s: S::Eight, half: usize, w: &[u8], from: usize, n: usize) {
+        let per_block = const { B::FORMAT.block_elems() / 32 };
+        let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+        for b in 0..n / per_block {
+            let block = Vector::block([w, w], from / per_block + b, block_bytes);
+            let common = unpack::common::<S::Eight, B, _>(s, &block);
+            for g in 0..per_block {
+                let k = b * per_block + g;
+                let out = &mut self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
+                for v in 0..8 {
+                    let codes = unpack::codes::<S::Eight, B, _>(s, block.at(v), g);
+                    s.store(codes, &mut out[v * Self::GROUPS + half]);
+                }
+                let lanes = unpack::lanes::<S::Eight, B, _>(s, &block, &common, g);
+                put_f32(s, lanes.d, half, &mut self.d[k]);
+                if B::MINIMA {
+                    put_f32(s, lanes.dmin, half, &mut self.dmin[k]);
+                }
+                for h in 0..2 {
+                    if const { unpack::sub_scales(B::FORMAT) } {
+                        put(s, lanes.s[h], half, &mut self.s[k][h]);
+                    }
+                    if B::MINIMA {
+                        put(s, lanes.m[h], half, &mut self.m[k][h]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds groups `from..from + n`, which are in the panel, to the accumulators of tokens `t..t + T`.
+    #[inline(always)]
+    fn multiply<B: Block, const T: usize>(&mut self, s: S, x: &Acts, t: usize, from: usize, n: usize) {
+        let mut acc = [s.zero(); T];
+        let mut tokens = [Token { a: &[], da: &[], sums: &[] }; T];
+        for i in 0..T {
+            tokens[i] = Token::of(x, t + i, from, n);
+            acc[i] = s.load_f32(&self.acc[t + i]);
+        }
+        for k in 0..n {
+            let q = &self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
+            let mut w = [s.splat_u8(0); 8];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = s.load([&q[v * Self::GROUPS], &q[(v + 1) * Self::GROUPS - 1]]);
+            }
+            let lanes = Lanes {
+                d: s.load_f32(&self.d[k]),
+                dmin: s.load_f32(&self.dmin[k]),
+                s: [s.load_i32(&self.s[k][0]), s.load_i32(&self.s[k][1])],
+                m: [s.load_i32(&self.m[k][0]), s.load_i32(&self.m[k][1])],
+            };
+            for i in 0..T {
+                let (a, da, sums) = tokens[i].group(k);
+                let isum = sum::<S, B>(s, w, &lanes, a, sums);
+                acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
+            }
+        }
+        for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
+            s.store_f32(acc, kept);
+        }
+    }
+}
+
+/// Lanes of eight rows to one half of sixteen.
+#[inline(always)]
+fn put<S: Eight>(s: S, v: S::I, half: usize, to: &mut [i32; 16]) {
+    let mut eight = [0; 16];
+    s.store_i32(v, &mut eight);
+    to[8 * half..][..8].copy_from_slice(&eight[..8]);
+}
+
+/// The same for f32.
+#[inline(always)]
+fn put_f32<S: Eight>(s: S, v: S::F, half: usize, to: &mut [f32; 16]) {
+    let mut eight = [0.0; 16];
+    s.store_f32(v, &mut eight);
+    to[8 * half..][..8].copy_from_slice(&eight[..8]);
+}
