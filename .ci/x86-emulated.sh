@@ -98,7 +98,7 @@ x86_emulated_run() (
 	END
     touch "$run/console" "$run/stdout" "$run/stderr"
     stopped=0
-    timeout "${X86_SECONDS:-1200}" "$X86_ROOT/bochs" -q -f "$run/bochsrc" >"$run/messages" 2>&1 || stopped=$?
+    timeout "${X86_SECONDS:-3600}" "$X86_ROOT/bochs" -q -f "$run/bochsrc" >"$run/messages" 2>&1 || stopped=$?
     cat "$run/stdout"
     cat "$run/stderr" >&2
     code=$(sed -n 's/^exit code \([0-9]*\)\r*$/\1/p' "$run/console")
