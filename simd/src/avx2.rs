@@ -39,6 +39,9 @@ pub(crate) trait Dot: Copy {
     fn dot16(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i;
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i;
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
+    fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3];
+    fn nibbles(acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3];
+    fn total(acc: [__m256i; 3], bits: usize) -> __m256i;
     /// The products of 32 weights with 32 activations, four added in each lane.
     fn dot(w: __m256i, a: __m256i, range: Range) -> __m256i;
     fn nibbles_across(rows: [&[u8; 16]; 8], a: &[i8; 32]) -> __m256i;
@@ -203,6 +206,18 @@ impl<D: Dot> Simd for Ymm<D> {
     #[inline(always)]
     fn dot16_scaled(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i {
         D::dot16_scaled(acc, w, a, range, scale)
+    }
+    #[inline(always)]
+    fn crumbs(self, acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
+        D::crumbs(acc, w, a)
+    }
+    #[inline(always)]
+    fn nibbles(self, acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3] {
+        D::nibbles(acc, w, a)
+    }
+    #[inline(always)]
+    fn total(self, acc: [__m256i; 3], bits: usize) -> __m256i {
+        D::total(acc, bits)
     }
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m256i {
@@ -469,6 +484,46 @@ impl Dot for Maddubs {
     #[inline(always)]
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i {
         proven!(fold(acc, w, a, range, _mm256_blend_epi16::<0xaa>(scale, _mm256_slli_epi32::<16>(scale))))
+    }
+
+    /// Fields 1 and 3 stay four times too large, in sums of their own: a shift less for each. 4·3·128·2 times four
+    /// products fit in 16 bits.
+    #[inline(always)]
+    fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
+        let (first, second) = wide::halves(a);
+        proven!({
+            let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12));
+            let (mut once, mut four_times) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+            for (w, a) in w.into_iter().zip([first, second]) {
+                let upper = _mm256_srli_epi16::<4>(w);
+                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), four(a, 0));
+                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), four(a, 2));
+                once = _mm256_add_epi16(once, _mm256_add_epi16(p, q));
+                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), four(a, 1));
+                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), four(a, 3));
+                four_times = _mm256_add_epi16(four_times, _mm256_add_epi16(p, q));
+            }
+            let one = _mm256_set1_epi16(1);
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(once, one)),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(four_times, one)),
+                acc[2],
+            ]
+        })
+    }
+    #[inline(always)]
+    fn nibbles(acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3] {
+        proven!({
+            let mut codes = [w[0]; 8];
+            for (v, code) in codes.iter_mut().enumerate() {
+                *code = _mm256_and_si256(right(w[v / 2], 4 * (v % 2)), _mm256_set1_epi8(15));
+            }
+            [Self::dot32(acc[0], codes, a, Range::Unsigned(15)), acc[1], acc[2]]
+        })
+    }
+    #[inline(always)]
+    fn total(acc: [__m256i; 3], bits: usize) -> __m256i {
+        proven!(if bits == 2 { _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1])) } else { acc[0] })
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@
 
 use crate::format::Block;
 use crate::unpack::Vector;
-use crate::wide::{Eight, MANY, Range, Simd};
+use crate::wide::{Eight, MANY, Range, Simd, unrolled};
 use crate::{Acts, Layout, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -179,7 +179,7 @@ fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Toke
 
 /// Streams read at once, and how far ahead of each its bytes are asked for.
 const STREAMS: usize = 4;
-const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 
 /// Rows `from..from + N·each`: `N` streams of `each` rows.
 #[inline(always)]
@@ -204,20 +204,17 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
         for t in 0..tokens.x.tokens {
             let mut acc = [[s.splat(0); 3]; N];
             for (g, a) in tokens.groups(t).iter().enumerate() {
-                for i in 0..N {
+                unrolled!(i < N, {
                     let block = Vector::block(streams[i], g, block_bytes);
                     for line in (0..block_bytes).step_by(64) {
-                        s.prefetch(block.ahead(0, line + AHEAD));
-                        if S::ROWS == 16 {
-                            s.prefetch(block.ahead(1, line + AHEAD));
-                        }
+                        block.prefetch(s, line + AHEAD);
                     }
                     let mut group = [s.splat_u8(0); 8];
                     for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
                         *word = s.load(block.fields(4 * u));
                     }
                     acc[i] = add::<S, B>(s, acc[i], group, a);
-                }
+                });
             }
             for (i, acc) in acc.into_iter().enumerate() {
                 let rows = from + i * each + r..from + i * each + r + S::ROWS;

@@ -22,6 +22,16 @@ pub(crate) const fn sub_scales(format: Format) -> bool {
     matches!(format, Format::Q2K | Format::Q3K | Format::Q4K | Format::Q5K | Format::Q6K | Format::Iq4Xs)
 }
 
+/// After how many groups the shifts and masks of [`codes`] come round again.
+pub(crate) const fn period(format: Format) -> usize {
+    match format {
+        Format::Q4K => 2,
+        Format::Q6K => 4,
+        Format::Q5K => 8,
+        _ => 1,
+    }
+}
+
 /// Where the 16 bytes of a block start that hold its 32 integers as nibbles, low ones first, and nothing is looked up.
 pub(crate) const fn plain_nibbles(format: Format) -> Option<usize> {
     match format {
@@ -246,16 +256,18 @@ impl<'a> EightRows<'a> {
         sixteen
     }
 
-    /// Calls `line` with an address in every cache line that starts with this block, the `b`-th of its row.
+    /// Asks for what lies `ahead` of this block; `k` is the number of the group at hand in its row. The rows of a large
+    /// block take turns, a row a group; small blocks share lines, so that every few groups will do.
     #[inline(always)]
-    pub fn each_line(&self, block_bytes: usize, b: usize, line: impl Fn(*const u8)) {
-        // Blocks smaller than a line: every few blocks.
-        if block_bytes < 64 && !b.is_multiple_of(64 / block_bytes) {
-            return;
-        }
-        for row in self.0 {
-            for at in (0..block_bytes).step_by(64) {
-                line(row.as_ptr().wrapping_add(at));
+    pub fn prefetch<S: Simd>(&self, s: S, k: usize, per_block: usize, ahead: usize) {
+        if per_block == 8 {
+            let row = self.0[k % 8];
+            for at in (0..row.len()).step_by(64) {
+                s.prefetch(row.as_ptr().wrapping_add(ahead + at));
+            }
+        } else if k.is_multiple_of(2) {
+            for row in self.0 {
+                s.prefetch(row.as_ptr().wrapping_add(ahead));
             }
         }
     }
@@ -312,10 +324,13 @@ impl<'a> Vector<'a> {
         Vector { v, ..*self }
     }
 
-    /// An address beyond the start of a group's block.
+    /// Asks for the lines `bytes` beyond the start of the block.
     #[inline(always)]
-    pub fn ahead(&self, group: usize, bytes: usize) -> *const u8 {
-        self.block[group].as_ptr().wrapping_add(bytes)
+    pub fn prefetch<S: Simd>(&self, s: S, bytes: usize) {
+        s.prefetch(self.block[0].as_ptr().wrapping_add(bytes));
+        if S::ROWS == 16 {
+            s.prefetch(self.block[1].as_ptr().wrapping_add(bytes));
+        }
     }
 
     /// `N` bytes of each group where byte `at` of a row's block has come to stand.

@@ -30,6 +30,20 @@ use crate::scalar::check;
 use crate::unpack::{self, EightRows, Lanes, Row, Vector};
 use crate::{Acts, Format, Isa, Kernel, Layout, Rows, Tile};
 
+/// Runs a block for each `i` below `n`, a constant of at most 8, without a loop: what arrays hold at `i` stays in a register.
+macro_rules! unrolled {
+    ($i:ident < $n:expr, $body:block) => {
+        unrolled!(@ 0 1 2 3 4 5 6 7; $i < $n, $body)
+    };
+    (@ $($at:literal)*; $i:ident < $n:expr, $body:block) => {
+        $(if $at < $n {
+            let $i = $at;
+            $body
+        })*
+    };
+}
+pub(crate) use unrolled;
+
 /// From this many tokens on, unpacking weights into a panel pays also for formats with a loop of their own.
 pub(crate) const MANY: usize = 6;
 
@@ -314,6 +328,7 @@ fn sum<S: Simd, B: Block>(s: S, w: [S::B; 8], lanes: &Lanes<S>, a: &[i8; 32], su
 fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { B::FORMAT.block_bytes() };
+    let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / block_bytes;
     for (r, w) in w.chunks(8 * row_bytes).enumerate() {
         let n = w.len() / row_bytes;
@@ -323,14 +338,17 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
             let mut acc = s.zero();
             for b in 0..blocks {
                 let block = rows.block(b, block_bytes);
-                // The matmul will be in the eight rows after these next.
-                block.each_line(block_bytes, b, |at| s.prefetch(at.wrapping_add(8 * row_bytes)));
                 let common = unpack::common::<S, B, _>(s, &block);
-                for g in 0..per_block {
-                    let (a, da, sums) = token.group(b * per_block + g);
-                    let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
-                    let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
-                    acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
+                for outer in 0..per_block / period {
+                    unrolled!(inner < period, {
+                        let g = outer * period + inner;
+                        let (a, da, sums) = token.group(b * per_block + g);
+                        // The matmul will be in the eight rows after these next.
+                        block.prefetch(s, b * per_block + g, per_block, 8 * row_bytes);
+                        let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
+                        let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
+                        acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
+                    });
                 }
             }
             store(s, acc, &mut out.row(t)[8 * r..][..n]);
@@ -384,7 +402,7 @@ fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
 fn interleaved<S: Simd, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     let rows = w.len() / row_bytes;
     // Blocks of many groups keep many vectors alive: fewer streams.
-    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 64 / S::ROWS } };
+    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 32 / S::ROWS } };
     let each = rows / (streams * S::ROWS) * S::ROWS;
     let mut done = streams * each;
     match streams {
@@ -411,6 +429,8 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
 ) {
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+    let group_bytes = block_bytes / per_block;
+    let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     for r in (0..each).step_by(S::ROWS) {
         let mut streams = [[&[][..]; 2]; N];
@@ -426,27 +446,27 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
             for b in 0..blocks {
                 let mut common = [unpack::Common::<S>::none(s); N];
                 let mut block = [Vector::none(); N];
-                for i in 0..N {
+                unrolled!(i < N, {
                     block[i] = Vector::block(streams[i], b, block_bytes);
-                    for line in (0..block_bytes).step_by(64) {
-                        s.prefetch(block[i].ahead(0, line + AHEAD));
-                        if S::ROWS == 16 {
-                            s.prefetch(block[i].ahead(1, line + AHEAD));
-                        }
-                    }
                     common[i] = unpack::common::<S, B, _>(s, &block[i]);
-                }
-                for g in 0..per_block {
-                    let (a, da, sums) = token.group(b * per_block + g);
-                    for i in 0..N {
-                        let lanes = unpack::lanes::<S, B, _>(s, &block[i], &common[i], g);
-                        let mut w = [s.splat_u8(0); 8];
-                        for (v, w) in w.iter_mut().enumerate() {
-                            *w = unpack::codes::<S, B, _>(s, block[i].at(v), g);
-                        }
-                        let isum = sum::<S, B>(s, w, &lanes, a, sums);
-                        acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
-                    }
+                });
+                for outer in 0..per_block / period {
+                    unrolled!(inner < period, {
+                        let g = outer * period + inner;
+                        let (a, da, sums) = token.group(b * per_block + g);
+                        unrolled!(i < N, {
+                            for line in (0..group_bytes).step_by(64) {
+                                block[i].prefetch(s, g * group_bytes + line + AHEAD);
+                            }
+                            let lanes = unpack::lanes::<S, B, _>(s, &block[i], &common[i], g);
+                            let mut w = [s.splat_u8(0); 8];
+                            for (v, w) in w.iter_mut().enumerate() {
+                                *w = unpack::codes::<S, B, _>(s, block[i].at(v), g);
+                            }
+                            let isum = sum::<S, B>(s, w, &lanes, a, sums);
+                            acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
+                        });
+                    });
                 }
             }
             for (i, acc) in acc.into_iter().enumerate() {
@@ -457,7 +477,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
 }
 
 /// How far ahead of a stream its bytes are asked for.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 
 // Many tokens.
 
