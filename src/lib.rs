@@ -6,6 +6,7 @@ pub mod error;
 pub mod forward;
 pub mod gguf;
 pub mod kv;
+pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod registry;

@@ -11,7 +11,7 @@ use std::path::Path;
 const LEVELS: [&[&str]; 8] = [
     &["error"],
     &["gguf", "team"],
-    &["config", "weight"],
+    &["config", "weight", "machine"],
     &["ops", "kv", "model"],
     &["tokenizer", "sample", "forward"],
     &["template", "channel"],
@@ -20,9 +20,10 @@ const LEVELS: [&[&str]; 8] = [
 ];
 
 /// Crates with a single user: a file, or a folder with the file beside it.
-const OWNED: [(&str, &str); 10] = [
+const OWNED: [(&str, &str); 11] = [
     ("rayon", "team"),
     ("memmap2", "gguf"),
+    ("rustix", "machine"),
     ("minijinja", "template"),
     ("minijinja_contrib", "template"),
     ("tokenizers", "tokenizer"),

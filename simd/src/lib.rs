@@ -18,6 +18,7 @@
 //! | `channel.rs` | the loops for formats with one scale a row |
 //! | `avx2.rs`, ... | the vectors of each ISA |
 //! | `selftest.rs` | the same products for every kernel, and what must come out |
+//! | `measure.rs` | how fast memory can be read |
 //!
 //! It knows nothing of files, models or threads. To add a format, give `format.rs` its decoder, `unpack.rs` its vectors
 //! and the tables below a line; to add an ISA, add an [`Isa`], a file with its vectors, its line in [`kernels!`] and one
@@ -28,6 +29,7 @@ mod channel;
 pub mod format;
 pub mod half;
 pub mod interleave;
+pub mod measure;
 mod scalar;
 pub mod selftest;
 mod tile;
@@ -88,11 +90,37 @@ impl Isa {
         }
     }
 
+    /// What a CPU needs for it: the name of each feature, and whether this CPU has it.
+    pub fn features(self) -> &'static [Feature] {
+        match self {
+            Isa::Scalar => &[],
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &[
+                ("avx2", || is_x86_feature_detected!("avx2")),
+                ("fma", || is_x86_feature_detected!("fma")),
+                ("f16c", || is_x86_feature_detected!("f16c")),
+            ],
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 => &[("x86_64", || false)],
+        }
+    }
+
+    /// Whether this architecture can have it.
+    pub const fn of_this_architecture(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            Isa::Avx2 => cfg!(target_arch = "x86_64"),
+        }
+    }
+
     /// The best this CPU has.
     pub fn best() -> Isa {
         Isa::ALL.into_iter().rev().find(|isa| isa.supported()).unwrap_or(Isa::Scalar)
     }
 }
+
+/// A feature of CPUs by name, and whether this CPU has it.
+pub type Feature = (&'static str, fn() -> bool);
 
 /// How the bytes of a matrix are ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

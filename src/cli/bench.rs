@@ -12,14 +12,15 @@ use clap::{Args, ValueEnum};
 use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
 use gemrun::kv::KvType;
+use gemrun::machine;
 use gemrun::model::Model;
 use gemrun::sample::uniform;
 use gemrun::team::Team;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::Result;
 use super::open::{self, Compute, Loaded, check_threads, default_threads};
-use super::{Result, machine};
 
 /// Measure prompt and generation speed
 #[derive(Args)]

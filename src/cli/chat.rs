@@ -174,7 +174,7 @@ fn status(reply: &Reply, context: usize) -> String {
 fn stats(talk: &Talk) -> String {
     let (session, totals) = (&talk.session, &talk.totals);
     let options = session.options();
-    let memory = super::machine::peak_rss().map(|bytes| format!("; peak memory {} MB", bytes / 1_000_000));
+    let memory = gemrun::machine::peak_rss().map(|bytes| format!("; peak memory {} MB", bytes / 1_000_000));
     format!(
         "{} messages, {} of {} tokens in the cache ({:.1} MB {}){}\n\
          {} tokens generated at {:.1} tok/s, {} prompt tokens read at {:.1} tok/s; seed {}",

@@ -5,8 +5,8 @@
 
 mod bench;
 mod chat;
+mod doctor;
 mod eval;
-mod machine;
 mod open;
 mod run;
 mod selftest;
@@ -54,6 +54,7 @@ enum Command {
     Template(template::Template),
     Eval(eval::Eval),
     Bench(bench::Bench),
+    Doctor(doctor::Doctor),
     Selftest(selftest::Selftest),
 }
 
@@ -110,6 +111,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Template(template)) => template.run(),
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
+        Some(Command::Doctor(doctor)) => doctor.run(),
         Some(Command::Selftest(selftest)) => selftest.run(),
     }
 }

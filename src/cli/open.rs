@@ -16,7 +16,7 @@ use gemrun::tokenizer::Tokenizer;
 use gemrun::weight::{Act, Numerics};
 use gemrun::{Error, Result};
 
-use super::machine;
+use gemrun::machine;
 
 /// `--threads`, which never changes a result.
 #[derive(Args, Clone)]
@@ -42,6 +42,11 @@ pub struct KernelName {
 }
 
 impl KernelName {
+    /// What was asked for, if anything was.
+    pub fn asked(&self) -> Option<String> {
+        self.kernel.as_ref().filter(|name| !name.is_empty()).map(|name| gemrun::error::printable(name))
+    }
+
     /// The kernels to run.
     pub fn choice(&self) -> Result<gemrun_simd::Choice> {
         match self.kernel.as_deref() {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use gemrun::Error;
 use gemrun::kv::KvType;
+use gemrun::machine;
 use gemrun::registry;
 use gemrun::sample::{Sampling, random_seed};
 use gemrun::session::{self, Event, Options, Session, Usage};
@@ -23,7 +24,7 @@ use serde_json::json;
 
 use super::open::{self, Compute, Loaded, Threads};
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{Result, chat, machine, text};
+use super::{Result, chat, text};
 
 /// Chat with a model, or answer one prompt
 #[derive(Args)]

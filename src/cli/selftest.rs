@@ -137,8 +137,8 @@ fn vector_operations(isas: &[Isa]) -> Vec<Check> {
 /// The demo model's logits on each instruction set, and their hash on the best one.
 ///
 /// The scalar kernels' are compared with the recorded hash, all others with the scalar kernels'. The instruction set in
-/// use goes through every combination of threads and chunks; the others, and the slow scalar one, through each thread
-/// count and each chunk once.
+/// use goes through every combination of threads and chunks (the slow scalar one through each thread count and each chunk
+/// once), the others through a chunk of one token and one of some.
 fn logits(choice: &Choice, isas: &[Isa], threads: &[usize]) -> gemrun::Result<(Vec<Check>, String)> {
     let gguf = Gguf::from_static("demo", registry::DEMO)?;
     let tokenizer = open::tokenizer(&gguf)?;
@@ -156,10 +156,14 @@ fn logits(choice: &Choice, isas: &[Isa], threads: &[usize]) -> gemrun::Result<(V
     };
     checks.push(Check::new(way(Isa::Scalar, threads[0], CHUNKS[3]), Isa::Scalar, recorded));
     for &isa in isas {
-        let all = CHUNKS.iter().flat_map(|&chunk| threads.iter().map(move |&threads| (threads, chunk)));
-        let some = CHUNKS.iter().zip(threads.iter().cycle()).map(|(&chunk, &threads)| (threads, chunk));
-        let ways: Vec<(usize, usize)> =
-            if isa == choice.isa && isa != Isa::Scalar { all.collect() } else { some.collect() };
+        let each = || CHUNKS.iter().zip(threads.iter().cycle()).map(|(&chunk, &threads)| (threads, chunk));
+        let ways: Vec<(usize, usize)> = if isa != choice.isa {
+            each().take(2).collect()
+        } else if isa == Isa::Scalar {
+            each().collect()
+        } else {
+            CHUNKS.iter().flat_map(|&chunk| threads.iter().map(move |&threads| (threads, chunk))).collect()
+        };
         let model = load(if isa == choice.isa { *choice } else { Choice { isa, only: None } })?;
         for (threads, chunk) in ways {
             let logits = compute(&model, &tokens, threads, chunk)?;

@@ -2,10 +2,12 @@
 
 use std::io::Write;
 
+use gemrun::machine::memory::Memory;
+use gemrun::machine::{self, Root};
 use gemrun::registry::{self, Registry, Source};
 
+use super::Result;
 use super::terminal::Style;
-use super::{Result, machine};
 
 /// Prints the first-run screen.
 pub fn welcome() -> Result {
@@ -16,10 +18,10 @@ pub fn welcome() -> Result {
     writeln!(out)?;
     let threads = machine::threads();
     let isa = gemrun_simd::Isa::best().name();
-    writeln!(out, "  cpu     {}, {threads} thread{}, {isa}", machine::cpu(), if threads == 1 { "" } else { "s" })?;
-    if let Some((total, available)) = machine::memory() {
+    writeln!(out, "  cpu     {}, {threads} thread{}, {isa}", machine::cpu_name(), if threads == 1 { "" } else { "s" })?;
+    if let Some(memory) = Memory::read(&Root::system()) {
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        writeln!(out, "  memory  {:.1} GiB, {:.1} GiB available", gib(total), gib(available))?;
+        writeln!(out, "  memory  {:.1} GiB, {:.1} GiB available", gib(memory.total), gib(memory.usable()))?;
     }
     writeln!(out)?;
     writeln!(out, "Try it:  {bold}gemrun run demo{plain}")?;

@@ -1,0 +1,101 @@
+//! Measured speed of memory: the ceiling of generation, which reads every weight once a token.
+//!
+//! The one idea: all threads of a team read a buffer too large for the caches, each part of it in several streams
+//! (`gemrun_simd::measure`). Parts are claimed like tiles of a matrix, so slow cores and busy machines read less of it.
+//! Of several passes the fastest counts: others on the machine can only take away.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use gemrun_simd::measure::{self, Line};
+
+use super::Root;
+use crate::Result;
+use crate::team::Team;
+
+/// Bytes of the buffer, unless caches are larger or memory is small.
+const BUFFER: u64 = 256 << 20;
+/// Lines of a part: 4 MB, so that starting is nothing beside reading.
+const PART: usize = (4 << 20) / size_of::<Line>();
+
+/// Memory to read from: pages of its own for every byte.
+pub struct Buffer(Vec<Line>);
+
+impl Buffer {
+    /// A buffer several times as large as the last cache, but not more than a quarter of `available` bytes.
+    pub fn new(root: &Root, available: Option<u64>) -> Buffer {
+        let caches = root.numbered("sys/devices/system/cpu/cpu0/cache", "index");
+        let size = |index: String| kilobytes(&root.line(format!("sys/devices/system/cpu/cpu0/cache/{index}/size"))?);
+        let largest = caches.into_iter().filter_map(size).max().unwrap_or(0);
+        let bytes = BUFFER.max(4 * largest).min(1 << 30).min(available.map_or(BUFFER / 4, |available| available / 4));
+        // Not zero: pages of zeros that nobody has written to are all the same page.
+        Buffer(vec![[0x0101_0101_0101_0101; 8]; bytes as usize / size_of::<Line>()])
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.len() * size_of::<Line>()
+    }
+
+    /// Bytes a second that `threads` threads read from it together, at best, in passes for `time` altogether.
+    ///
+    /// # Errors
+    /// If there are no such threads.
+    pub fn read_bandwidth(&self, threads: usize, time: Duration) -> Result<f64> {
+        let parts: Vec<&[Line]> = self.0.chunks(PART).collect();
+        let mut best = f64::INFINITY;
+        Team::new(threads)?.enter(|team| {
+            let start = Instant::now();
+            // The first pass wakes the threads and is not counted.
+            for pass in 0.. {
+                let pass_start = Instant::now();
+                team.run(parts.len(), &|part| {
+                    black_box(measure::read(parts[part]));
+                });
+                if pass > 0 {
+                    best = best.min(pass_start.elapsed().as_secs_f64());
+                }
+                if pass > 1 && start.elapsed() > time {
+                    break;
+                }
+            }
+        });
+        Ok(self.bytes() as f64 / best.max(1e-9))
+    }
+}
+
+/// `512K`, `32M` in bytes.
+fn kilobytes(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let scale = match unit {
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_caches() {
+        assert_eq!(
+            (kilobytes("512K"), kilobytes("32M"), kilobytes("x"), kilobytes("")),
+            (Some(524_288), Some(32 << 20), None, None)
+        );
+    }
+
+    #[test]
+    fn bandwidth_is_measured() {
+        let root = tempfile::tempdir().unwrap();
+        let buffer = Buffer::new(&Root::at(root.path()), Some(64 << 20));
+        assert_eq!(buffer.bytes(), 16 << 20);
+        for threads in [1, 2] {
+            let speed = buffer.read_bandwidth(threads, Duration::ZERO).unwrap();
+            assert!((1e6..1e13).contains(&speed), "{speed}");
+        }
+        assert!(buffer.read_bandwidth(0, Duration::ZERO).is_err());
+    }
+}
