@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(list("0-3,8,10-11\n"), [0, 1, 2, 3, 8, 10, 11]);
         assert_eq!(ranges(&list("0-3,8,10-11")), "0-3,8,10-11");
         for nonsense in ["", "x", "0-", "3-1", "0-99999999999", "1,,2"] {
-            assert_eq!(list(nonsense), [], "{nonsense}");
+            assert!(list(nonsense).is_empty(), "{nonsense}");
         }
     }
 

@@ -401,7 +401,7 @@ fn a_self_test_keeps_to_the_kernel_and_threads_asked_for() {
     assert!(names("logits").iter().all(|name| name.starts_with("logits/scalar -t 2 ")), "{scalar}");
     let text =
         ok(gemrun(&["selftest"]).env("GEMRUN_KERNEL", "q4_0/scalar").env("GEMRUN_THREADS", "1").output().unwrap());
-    assert!(text.contains("scalar    1 format") && text.contains("All bits are right"), "{text}");
+    assert!(text.contains("scalar    1 kernel") && text.contains("All bits are right"), "{text}");
     assert!(error(run(&["selftest", "--kernel", "abacus"]), 6).starts_with("kernel: abacus: no such kernel"));
 }
 

@@ -18,7 +18,7 @@
 //! | `channel.rs` | the loops for formats with one scale a row |
 //! | `avx2.rs`, ... | the vectors of each ISA |
 //! | `selftest.rs` | the same products for every kernel, and what must come out |
-//! | `measure.rs` | how fast memory can be read |
+//! | `measure.rs` | how fast memory is read and bytes are multiplied, at best |
 //!
 //! It knows nothing of files, models or threads. To add a format, give `format.rs` its decoder, `unpack.rs` its vectors
 //! and the tables below a line; to add an ISA, add an [`Isa`], a file with its vectors, its line in [`kernels!`] and one
@@ -51,6 +51,17 @@ use scalar::{Floats, Groups, Unpacked};
 #[cfg(target_arch = "x86_64")]
 use wide::Wide;
 
+/// The features of an ISA: architecture, macro that detects them, names.
+macro_rules! features {
+    ($arch:tt $detected:ident $($name:tt)*) => {{
+        #[cfg(target_arch = $arch)]
+        const FEATURES: &[Feature] = &[$(($name, || std::arch::$detected!($name))),*];
+        #[cfg(not(target_arch = $arch))]
+        const FEATURES: &[Feature] = &[(OTHER_ARCHITECTURE, || false)];
+        FEATURES
+    }};
+}
+
 /// An instruction set, in the sense of "what a kernel may use". Later ones are better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
@@ -77,40 +88,23 @@ impl Isa {
         Isa::ALL.into_iter().find(|isa| isa.name() == name)
     }
 
-    /// Whether this CPU has it, and the operating system keeps its registers.
-    pub fn supported(self) -> bool {
-        match self {
-            Isa::Scalar => true,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
-            #[allow(unreachable_patterns)] // none is left over on some architectures
-            _ => false,
-        }
-    }
-
-    /// What a CPU needs for it: the name of each feature, and whether this CPU has it.
+    /// What a CPU needs for it: the name of each feature, and whether this CPU has it and the operating system keeps its
+    /// registers.
     pub fn features(self) -> &'static [Feature] {
         match self {
             Isa::Scalar => &[],
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => &[
-                ("avx2", || is_x86_feature_detected!("avx2")),
-                ("fma", || is_x86_feature_detected!("fma")),
-                ("f16c", || is_x86_feature_detected!("f16c")),
-            ],
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => &[("x86_64", || false)],
+            Isa::Avx2 => features!("x86_64" is_x86_feature_detected "avx2" "fma" "f16c"),
         }
     }
 
-    /// Whether this architecture can have it.
-    pub const fn of_this_architecture(self) -> bool {
-        match self {
-            Isa::Scalar => true,
-            Isa::Avx2 => cfg!(target_arch = "x86_64"),
-        }
+    /// Whether this CPU has all of them.
+    pub fn supported(self) -> bool {
+        self.features().iter().all(|(_, has)| has())
+    }
+
+    /// Whether there are CPUs of this architecture that have it.
+    pub fn of_this_architecture(self) -> bool {
+        self.features().iter().all(|(name, _)| *name != OTHER_ARCHITECTURE)
     }
 
     /// The best this CPU has.
@@ -119,8 +113,11 @@ impl Isa {
     }
 }
 
-/// A feature of CPUs by name, and whether this CPU has it.
+/// A feature of CPUs by its name in the standard library, and whether this CPU has it.
 pub type Feature = (&'static str, fn() -> bool);
+
+/// Stands for the features of an ISA that no CPU of this architecture has.
+const OTHER_ARCHITECTURE: &str = "other architecture";
 
 /// How the bytes of a matrix are ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,13 @@
-//! What a CPU's memory could give at best, to be compared with what kernels get of it.
+//! What memory and arithmetic of a CPU give at best, to be compared with what kernels get of them.
 //!
-//! The one idea: one core reads faster when it walks several places at once and asks ahead for what comes next, which is
-//! also how the kernels read weights. [`read`] does nothing else: every byte of a buffer once, in [`STREAMS`] streams. It
-//! knows nothing of time and threads; who measures runs it on each thread and looks at a clock.
+//! The one idea: work that does one thing and nothing else. [`read`] reads every byte of a buffer once, from several
+//! places at a time and asking ahead for what comes next, which is how one core gets most and how the kernels read
+//! weights. [`int8`] multiplies and adds what is in registers already. Neither knows of time and threads: who measures runs
+//! them on each thread and looks at a clock.
+
+use std::hint::black_box;
+
+use crate::Isa;
 
 /// A line of a cache, on every CPU but a few with longer ones.
 pub type Line = [u64; 8];
@@ -69,10 +74,54 @@ fn prefetch(at: *const u8) {
     let _ = at;
 }
 
+/// Multiplies bytes and adds the products, `rounds` times, with the instructions the kernels of `isa` use; returns the
+/// number of products. `None` where this is not known of an ISA.
+///
+/// # Panics
+/// If this CPU lacks the ISA.
+pub fn int8(isa: Isa, rounds: usize) -> Option<u64> {
+    assert!(isa.supported(), "this CPU has no {}", isa.name());
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: this CPU has AVX2, just asserted.
+        Isa::Avx2 => Some(unsafe { int8_avx2(rounds) }),
+        _ => None,
+    }
+}
+
+/// As many sums at a time as registers allow, each with weights of its own: of equal ones the compiler would make one.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn int8_avx2(rounds: usize) -> u64 {
+    use std::arch::x86_64::*;
+    const SUMS: usize = 5;
+    let w: [__m256i; SUMS] = std::array::from_fn(|i| black_box(_mm256_set1_epi8(i as i8)));
+    let (ones, change) = (black_box(_mm256_set1_epi16(1)), black_box(_mm256_set1_epi8(3)));
+    let (mut a, mut sums) = (black_box(_mm256_set1_epi8(1)), [_mm256_setzero_si256(); SUMS]);
+    for _ in 0..rounds {
+        for (sum, w) in sums.iter_mut().zip(w) {
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
+        }
+        // Other activations in each round, or the products would be made before the loop.
+        a = _mm256_xor_si256(a, change);
+    }
+    black_box(sums);
+    (rounds * SUMS * size_of::<__m256i>()) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::selftest::Rng;
+
+    #[test]
+    fn products_are_counted() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            let (one, ten) = (int8(isa, 1), int8(isa, 10));
+            assert_eq!(one.map(|n| 10 * n), ten, "{}", isa.name());
+            assert!(one != Some(0) && (isa != Isa::Avx2 || one.is_some()), "{}", isa.name());
+        }
+    }
 
     /// Every word counts, whatever the number of lines.
     #[test]

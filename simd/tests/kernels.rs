@@ -378,6 +378,18 @@ fn tables_are_complete_and_in_order() {
 }
 
 #[test]
+fn an_isa_is_there_if_all_its_features_are() {
+    assert!(Isa::Scalar.supported() && Isa::Scalar.features().is_empty() && Isa::Scalar.of_this_architecture());
+    for isa in Isa::ALL {
+        assert_eq!(isa.supported(), isa.features().iter().all(|(_, has)| has()), "{}", isa.name());
+        assert!(isa.of_this_architecture() || !isa.supported(), "{}", isa.name());
+    }
+    assert_eq!(Isa::Avx2.of_this_architecture(), cfg!(target_arch = "x86_64"));
+    let names: Vec<&str> = Isa::Avx2.features().iter().map(|(name, _)| *name).collect();
+    assert!(!Isa::Avx2.of_this_architecture() || names == ["avx2", "fma", "f16c"], "{names:?}");
+}
+
+#[test]
 fn choices_by_name() {
     let one = find("q4_0/scalar").unwrap();
     assert_eq!(one.kernel(Format::Q4_0).name(), "q4_0/scalar");

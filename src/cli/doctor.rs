@@ -13,7 +13,7 @@ use clap::Args;
 use gemrun::machine::cooling::{Cooling, Throttled};
 use gemrun::machine::cores::{Cluster, Cores};
 use gemrun::machine::memory::Memory;
-use gemrun::machine::speed::Buffer;
+use gemrun::machine::speed::{self, Buffer};
 use gemrun::machine::storage::{self, Storage};
 use gemrun::machine::{Machine, Root, ranges};
 use gemrun::registry;
@@ -64,6 +64,8 @@ struct Report {
     asked: Option<String>,
     threads: usize,
     bandwidth: Option<Bandwidth>,
+    /// Products of bytes a second, with all threads.
+    int8: Option<f64>,
     place: Option<Place>,
 }
 
@@ -89,22 +91,22 @@ impl Doctor {
         let (choice, threads) = (self.kernel.choice()?, self.threads.count()?);
         let directory = registry::home().map(|home| home.join("models"));
         // Memory is read first, so that frequencies and temperatures are those of a machine at work.
-        let (bandwidth, root, place) = match self.root {
+        let (bandwidth, int8, root, place) = match self.root {
             None => {
                 let root = Root::system();
                 let bandwidth = bandwidth(&root, threads)?;
                 let place = directory.and_then(|directory| place(&root, &directory));
-                (Some(bandwidth), root, place)
+                (Some(bandwidth), speed::int8_products(choice.isa, threads, TIME / 4)?, root, place)
             }
             Some(copy) => {
                 let root = Root::at(copy);
                 let place =
                     directory.map(|path| Place { storage: Storage::of(&root, &path), path, free: None, speed: None });
-                (None, root, place)
+                (None, None, root, place)
             }
         };
         let machine = Machine::read(&root);
-        let report = Report { machine, choice, asked: self.kernel.asked(), threads, bandwidth, place };
+        let report = Report { machine, choice, asked: self.kernel.asked(), threads, bandwidth, int8, place };
         let mut out = std::io::stdout().lock();
         if self.json {
             writeln!(out, "{:#}", report.json())?;
@@ -191,6 +193,10 @@ impl Report {
             };
             line("bandwidth", format!("{one}{all} (best of several passes over {} MB)", bandwidth.buffer >> 20))?;
         }
+        if let Some(products) = self.int8 {
+            let threads = if self.threads == 1 { "1 thread".to_string() } else { format!("{} threads", self.threads) };
+            line("int8", format!("{:.0} G products/s with {threads}", products / 1e9))?;
+        }
         if let Some(place) = &self.place {
             line("storage", place_text(place))?;
         }
@@ -239,6 +245,7 @@ impl Report {
                 "buffer_bytes": b.buffer,
                 "streams": gemrun_simd::measure::STREAMS,
             })),
+            "int8_products_per_s": self.int8.map(f64::round),
             "version": env!("CARGO_PKG_VERSION"),
             "arch": std::env::consts::ARCH,
             "kernel_arch": machine.kernel_arch,

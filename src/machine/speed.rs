@@ -1,12 +1,14 @@
-//! Measured speed of memory: the ceiling of generation, which reads every weight once a token.
+//! Measured speed of memory and arithmetic: ceilings of generation, which reads every weight once a token, and of prompts,
+//! which multiply each with many tokens.
 //!
-//! The one idea: all threads of a team read a buffer too large for the caches, each part of it in several streams
-//! (`gemrun_simd::measure`). Parts are claimed like tiles of a matrix, so slow cores and busy machines read less of it.
-//! Of several passes the fastest counts: others on the machine can only take away.
+//! The one idea: all threads of a team do nothing but read a buffer too large for the caches, or nothing but multiply
+//! (`gemrun_simd::measure`). Parts are claimed like tiles of a matrix, so slow cores and busy machines do fewer of them. Of
+//! several passes the fastest counts: others on the machine can only take away.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use gemrun_simd::Isa;
 use gemrun_simd::measure::{self, Line};
 
 use super::Root;
@@ -43,25 +45,50 @@ impl Buffer {
     /// If there are no such threads.
     pub fn read_bandwidth(&self, threads: usize, time: Duration) -> Result<f64> {
         let parts: Vec<&[Line]> = self.0.chunks(PART).collect();
-        let mut best = f64::INFINITY;
-        Team::new(threads)?.enter(|team| {
-            let start = Instant::now();
-            // The first pass wakes the threads and is not counted.
-            for pass in 0.. {
-                let pass_start = Instant::now();
-                team.run(parts.len(), &|part| {
-                    black_box(measure::read(parts[part]));
-                });
-                if pass > 0 {
-                    best = best.min(pass_start.elapsed().as_secs_f64());
-                }
-                if pass > 1 && start.elapsed() > time {
-                    break;
-                }
-            }
-        });
-        Ok(self.bytes() as f64 / best.max(1e-9))
+        let seconds = fastest(threads, time, parts.len(), &|part| {
+            black_box(measure::read(parts[part]));
+        })?;
+        Ok(self.bytes() as f64 / seconds)
     }
+}
+
+/// Products of bytes that `threads` threads multiply and add in a second, at best, in passes for `time` altogether; `None`
+/// where it is not known how to measure an ISA.
+///
+/// # Errors
+/// If there are no such threads.
+///
+/// # Panics
+/// If this CPU lacks the ISA.
+pub fn int8_products(isa: Isa, threads: usize, time: Duration) -> Result<Option<f64>> {
+    /// A part takes some ten microseconds.
+    const ROUNDS: usize = 10_000;
+    let Some(products) = measure::int8(isa, ROUNDS) else { return Ok(None) };
+    let parts = 64 * threads;
+    let seconds = fastest(threads, time, parts, &|_| {
+        measure::int8(isa, ROUNDS);
+    })?;
+    Ok(Some(products as f64 * parts as f64 / seconds))
+}
+
+/// Seconds of the fastest of several passes, each of `parts` parts.
+fn fastest(threads: usize, time: Duration, parts: usize, part: &(dyn Fn(usize) + Sync)) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    Team::new(threads)?.enter(|team| {
+        let start = Instant::now();
+        // The first pass wakes the threads and is not counted.
+        for pass in 0.. {
+            let pass_start = Instant::now();
+            team.run(parts, part);
+            if pass > 0 {
+                best = best.min(pass_start.elapsed().as_secs_f64());
+            }
+            if pass > 1 && start.elapsed() > time {
+                break;
+            }
+        }
+    });
+    Ok(best.max(1e-9))
 }
 
 /// `512K`, `32M` in bytes.
@@ -97,5 +124,14 @@ mod tests {
             assert!((1e6..1e13).contains(&speed), "{speed}");
         }
         assert!(buffer.read_bandwidth(0, Duration::ZERO).is_err());
+    }
+
+    #[test]
+    fn arithmetic_is_measured() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            let speed = int8_products(isa, 2, Duration::ZERO).unwrap();
+            assert_eq!(speed.is_some(), measure::int8(isa, 1).is_some());
+            assert!(speed.is_none_or(|speed| (1e7..1e15).contains(&speed)), "{speed:?}");
+        }
     }
 }
