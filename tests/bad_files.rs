@@ -10,8 +10,10 @@
 
 mod common;
 mod oracle;
+#[path = "common/small.rs"]
+mod small;
 
-use common::damage::{self, EXTREMES, Rng, injure, put};
+use common::damage::{self, Draw, EXTREMES, Rng, contradict, injure, put};
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -22,14 +24,9 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use common::raw_gguf::{self as raw, Pair, ty};
-use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
-use gemrun::kv::KvType;
-use gemrun::model::Model;
-use gemrun::team::Team;
-use gemrun::tokenizer::Tokenizer;
-use oracle::synth::{self, Experts, Spec};
 use raw::File as Parts;
+use small::{base, experts, parts, spec, use_model};
 
 const USAGE: i32 = 2;
 const INVALID: i32 = 5;
@@ -41,44 +38,6 @@ const Q4_0: u32 = 2;
 const IQ2_XS: u32 = 17;
 const I8: u32 = 24;
 const F64: u32 = 28;
-
-const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}\n{{ m['content'] }}<turn|>\n\
-                        {% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}";
-
-/// Two layers with a cache, two that share it, per-layer embeddings.
-fn spec() -> Spec {
-    Spec {
-        vocab: 512,
-        dim: 64,
-        layers: "SFSF",
-        heads: 2,
-        kv_heads_sliding: 1,
-        kv_heads_full: 1,
-        ff: 64,
-        ff_shared: 64,
-        shared: 2,
-        ..Spec::per_layer(1)
-    }
-    .all_in("Q4_0")
-}
-
-fn parts(spec: &Spec) -> Parts {
-    let mut parts = Parts::of(&Gguf::from_bytes("base.gguf", synth::gguf(spec)).unwrap());
-    parts.set_str("tokenizer.chat_template", TEMPLATE);
-    parts
-}
-
-/// The model most cases start from.
-fn base() -> Parts {
-    parts(&spec())
-}
-
-/// The same without sharing, with experts.
-fn experts() -> Parts {
-    let experts = Experts { count: 4, used: 2, ff: 32, fused_gate_up: true, output_scale: true };
-    let spec = Spec { dim: 64, layers: "SF", heads: 2, ff: 64, ff_shared: 64, experts: Some(experts), ..Spec::moe(2) };
-    parts(&spec.all_in("Q4_0"))
-}
 
 /// How one run of the program ended.
 struct Outcome {
@@ -1373,67 +1332,6 @@ fn a_vocabulary_of_holes_is_refused_in_no_time() {
                 _ => outcome.refused(code, &["bad.gguf", words]),
             };
             result.unwrap_or_else(|e| panic!("{key}: {e}"));
-        }
-    }
-}
-
-/// Everything `run` does with a file, in this process: load, tokenize, three tokens through the model.
-fn use_model(bytes: Vec<u8>) -> gemrun::Result<()> {
-    let gguf = Gguf::from_bytes("x.gguf", bytes)?;
-    let tokenizer = Tokenizer::from_gguf(&gguf)?;
-    let model = Model::load(&gguf, &Default::default())?;
-    let ids = tokenizer.encode_with_bos("the\n<|turn>\u{e9}", true);
-    let mut state = State::new(&model, KvType::F32, model.config.context.min(8), 2)?;
-    let team = Team::new(1)?;
-    for chunk in ids[..model.config.context.min(3)].chunks(state.batch()) {
-        let logits = forward(&model, &team, &mut state, chunk, Want::Last)?;
-        assert_eq!(logits.len(), tokenizer.vocab_size());
-    }
-    tokenizer.decode(&ids, true);
-    Ok(())
-}
-
-/// Changes that leave a file well-formed and its contents wrong: they get further than damaged bytes.
-fn contradict(parts: &mut Parts, rng: &mut Rng) {
-    let small = [0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 64, 128, 511, 512, 513];
-    for _ in 0..=rng.below(2) {
-        let number = match rng.below(4) {
-            0 => EXTREMES[rng.below(EXTREMES.len())],
-            _ => small[rng.below(small.len())],
-        };
-        let pair = rng.below(parts.pairs.len());
-        let tensor = rng.below(parts.tensors.len());
-        let other = rng.below(parts.tensors.len());
-        match rng.below(9) {
-            0 | 1 => {
-                let numbers: Vec<usize> = (0..parts.pairs.len()).filter(|&i| parts.pairs[i].ty == ty::U32).collect();
-                parts.pairs[numbers[rng.below(numbers.len())]].value = (number as u32).to_le_bytes().into();
-            }
-            2 => drop(parts.pairs.remove(pair)),
-            3 => {
-                let value = &mut parts.pairs[pair].value;
-                let at = rng.below(value.len());
-                value[at] = rng.next() as u8;
-            }
-            4 => drop(parts.tensors.remove(tensor)),
-            5 => {
-                let dims = &mut parts.tensors[tensor].dims;
-                let at = rng.below(dims.len());
-                dims[at] = number;
-            }
-            6 => parts.tensors[tensor].type_id = number as u32,
-            7 => {
-                let name = std::mem::take(&mut parts.tensors[tensor].name);
-                parts.tensors[tensor].name = std::mem::replace(&mut parts.tensors[other].name, name);
-            }
-            _ => {
-                let data = &mut parts.tensors[tensor].data;
-                let at = rng.below(data.len());
-                data[at..].iter_mut().take(40).for_each(|byte| *byte = rng.next() as u8);
-            }
-        }
-        if parts.pairs.is_empty() || parts.tensors.is_empty() {
-            return;
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Telling thoughts, tool calls and the answer apart: the format's cases, what models make of it, and any tokens at
 //! all against a second, simpler reading of the whole reply.
 
+mod common;
+
 use std::path::Path;
 use std::sync::LazyLock;
 
+use common::pieces::{Piece, add, read_ids};
 use gemrun::channel::{Channel, Event};
 use gemrun::gguf::{Gguf, write::Writer};
 use gemrun::tokenizer::Tokenizer;
@@ -16,39 +19,6 @@ fn tokenizer() -> Tokenizer {
         Tokenizer::open(&path).unwrap()
     });
     OPENED.clone()
-}
-
-/// An event that outlives its text, with neighbours of the same kind joined.
-#[derive(Debug, Clone, PartialEq)]
-enum Piece {
-    Answer(String),
-    Thought(String),
-    Call(String, Value),
-}
-
-fn add(pieces: &mut Vec<Piece>, event: Event) {
-    match (event, pieces.last_mut()) {
-        (Event::Answer(text), Some(Piece::Answer(last))) => last.push_str(text),
-        (Event::Thought(text), Some(Piece::Thought(last))) => last.push_str(text),
-        (Event::Answer(text), _) => pieces.push(Piece::Answer(text.into())),
-        (Event::Thought(text), _) => pieces.push(Piece::Thought(text.into())),
-        (Event::ToolCall { name, arguments }, _) => pieces.push(Piece::Call(name.into(), arguments.clone())),
-    }
-}
-
-fn read_ids(tokenizer: &Tokenizer, prompt: &[u32], ids: &[u32]) -> Vec<Piece> {
-    let mut channel = Channel::after(tokenizer, prompt);
-    let mut pieces = Vec::new();
-    let mut emit = |event: Event| {
-        assert!(!matches!(event, Event::Answer("") | Event::Thought("")), "an event without text");
-        add(&mut pieces, event);
-        false
-    };
-    for &id in ids {
-        assert!(!channel.push(tokenizer, id, &mut emit));
-    }
-    assert!(!channel.finish(&mut emit));
-    pieces
 }
 
 fn read(tokenizer: &Tokenizer, text: &str) -> Vec<Piece> {

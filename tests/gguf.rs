@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::damage::{self, EXTREMES, Rng, injure, put};
+use common::examine::{examine, open_damaged, rewrite};
 use common::{golden, raw_gguf};
 use gemrun::gguf::write::Writer;
 use gemrun::gguf::{Gguf, Type, Value};
-use gemrun::{Kind, Result};
 use proptest::prelude::*;
 
 /// A file of the reference data, or `None` (with a note) where that is not checked out.
@@ -22,19 +22,6 @@ fn shared(path: &str) -> Option<PathBuf> {
         return None;
     }
     Some(path)
-}
-
-/// The same keys and tensors again, through the writer.
-fn rewrite(file: &Gguf) -> Vec<u8> {
-    let data: Vec<_> = file.tensors().iter().map(|t| file.bytes(t)).collect();
-    let mut w = Writer::new();
-    for (key, value) in file.metadata() {
-        w.metadata(key, value);
-    }
-    for (t, data) in file.tensors().iter().zip(&data) {
-        w.tensor(&t.name, t.type_id, t.shape(), &data[..]);
-    }
-    w.to_vec().unwrap()
 }
 
 #[test]
@@ -105,68 +92,6 @@ fn typed_access_names_file_key_and_types() {
     );
     assert_eq!(array("x").floats().unwrap().collect::<Vec<_>>(), [1.0, 2.0]);
     assert_eq!(array("u").values().collect::<Vec<_>>(), [Value::U64(u64::MAX)]);
-}
-
-/// Looks at everything a file offers, as a user of it might; whatever was accepted must hold together, and must come
-/// out the same after a trip through the writer.
-fn examine(file: &Gguf) {
-    for (key, value) in file.metadata() {
-        assert_eq!(format!("{:?}", file.get(key)), format!("{:?}", Some(value)));
-        assert!(!value.to_string().chars().any(char::is_control));
-        if let Value::Array(array) = value {
-            assert_eq!(array.values().count(), array.len());
-            let as_typed = [
-                array.strings().map(|x| x.count()),
-                array.ints().map(|x| x.count()),
-                array.floats().map(|x| x.count()),
-                array.bools().map(|x| x.count()),
-            ];
-            for count in as_typed.into_iter().flatten() {
-                assert_eq!(count, array.len());
-            }
-        }
-        // Errors are fine, panics are not.
-        let _ = (file.uint(key), file.float(key), file.boolean(key), file.string(key));
-    }
-    for t in file.tensors() {
-        assert_eq!(file.tensor(&t.name), Some(t));
-        assert_eq!(file.bytes(t).len() as u64, t.bytes);
-        assert!(t.elements() > 0 && t.offset.is_multiple_of(file.alignment()));
-        file.advise_random(t);
-        file.willneed(t);
-    }
-    let again = Gguf::from_bytes(file.name(), rewrite(file)).unwrap();
-    assert!(again.metadata().map(show).eq(file.metadata().map(show)));
-    for (a, b) in again.tensors().iter().zip(file.tensors()) {
-        assert_eq!((&a.name, a.type_id, a.shape()), (&b.name, b.type_id, b.shape()));
-        assert_eq!(again.bytes(a)[..], file.bytes(b)[..]);
-    }
-}
-
-/// A pair as text; unlike `==` this finds NaN equal to itself.
-fn show((key, value): (&str, Value<'_>)) -> String {
-    match value {
-        Value::Array(array) => format!("{key} {:?} {:?}", array, array.raw()),
-        Value::F32(x) => format!("{key} f32 {:08x}", x.to_bits()),
-        Value::F64(x) => format!("{key} f64 {:016x}", x.to_bits()),
-        other => format!("{key} {other:?}"),
-    }
-}
-
-/// Opens damaged bytes: a refusal must be one line that names the file; what is accepted is examined.
-fn open_damaged(bytes: Vec<u8>) -> Result<()> {
-    match Gguf::from_bytes("x.gguf", bytes) {
-        Ok(file) => {
-            examine(&file);
-            Ok(())
-        }
-        Err(e) => {
-            let line = e.to_string();
-            assert!(line.starts_with("x.gguf: ") && !line.chars().any(char::is_control), "{line}");
-            assert!(matches!(e.kind(), Kind::Invalid | Kind::Unsupported), "{line}");
-            Err(e)
-        }
-    }
 }
 
 /// A valid file with a header of about 1 kB that has every type of value and tensors of several formats.

@@ -450,6 +450,22 @@ fn odd_vocabularies_are_tolerated() {
     assert_eq!(decoder.push(&tokenizer, 4), "\u{fffd}\u{fffd}");
 }
 
+/// Typed text goes through the merge rules, so no rule may lead to a marker.
+#[test]
+fn merge_rules_never_make_a_marker() {
+    let mut parts = Parts::good();
+    for text in ["<", "t", "u", "r", "n", "|", ">", "<t", "<tu", "<tur", "<turn", "<turn|"] {
+        parts.tokens.push(text.into());
+        (parts.types.push(1), parts.scores.push(0.0));
+    }
+    parts.merges = vec!["< t", "<t u", "<tu r", "<tur n", "<turn |", "<turn| >"];
+    let tokenizer = build(parts.writer()).unwrap();
+    let [marker, beginning, end] = ["<turn|>", "<turn|", ">"].map(|text| tokenizer.id_of(text).unwrap());
+    assert_eq!(tokenizer.encode("<turn|>", false), [beginning, end]);
+    assert_eq!(tokenizer.encode("<turn|>", true), [marker]);
+    assert_eq!(tokenizer.dropped_merges(), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 

@@ -9,6 +9,8 @@
 
 use std::hash::{BuildHasher, RandomState};
 
+use super::MARKERS;
+
 /// An id no vocabulary reaches: marks an empty row.
 pub(super) const NONE: u32 = u32::MAX;
 
@@ -79,8 +81,9 @@ impl Vocab {
     }
 
     /// Takes over the merge rules, best first: each is `left`, a space, `right`, where the space is the first one
-    /// after the first byte. Rules without such a space, or whose result is no token, are dropped and counted; of
-    /// two rules for one pair the first counts. `usable` bounds the number of rules of two bytes or more.
+    /// after the first byte. Rules without such a space, or whose result is no token, are dropped and counted, and so are
+    /// rules that lead to a marker: typed text is merged by them. Of two rules for one pair the first counts. `usable`
+    /// bounds the number of rules of two bytes or more.
     pub(super) fn set_merges<'a>(&mut self, usable: usize, rules: impl Iterator<Item = &'a [u8]>) {
         self.merges = vec![EMPTY; (usable * 2).next_power_of_two()];
         let mask = self.merges.len() - 1;
@@ -95,6 +98,10 @@ impl Vocab {
             joined.clear();
             joined.extend_from_slice(&rule[..left]);
             joined.extend_from_slice(&rule[left + 1..]);
+            if joined[0] == b'<' && MARKERS.iter().any(|marker| marker.as_bytes() == joined) {
+                self.dropped_merges += 1;
+                continue;
+            }
             // Files list the rules of one token together and tokens mostly by id: try those before hashing.
             if self.get(result) != Some(&joined) {
                 result = if self.get(result + 1) == Some(&joined) {

@@ -4,8 +4,10 @@
 #![allow(dead_code)]
 
 pub mod damage;
+pub mod examine;
 pub mod golden;
 pub mod npy;
+pub mod pieces;
 pub mod raw_gguf;
 pub mod run;
 
