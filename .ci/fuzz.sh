@@ -8,7 +8,7 @@ fuzz() {
     local host dir target
     host=$(rustc -vV | sed -n 's/^host: //p')
     dir=$(mktemp -d)
-    RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=target/fuzz RUSTFLAGS="-Zsanitizer=address --cfg fuzzing -Ccodegen-units=1 \
+    RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=target/fuzz RUSTFLAGS="-Zsanitizer=address --cfg fuzzing \
         -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
         -Cllvm-args=-sanitizer-coverage-trace-compares" \

@@ -42,7 +42,9 @@ fn sources(folder: &str) -> BTreeMap<String, String> {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();
-            if path.is_dir() {
+            if path.is_dir() && name == "target" {
+                continue; // what `cargo fuzz` built
+            } else if path.is_dir() {
                 read(&path, &format!("{prefix}{name}/"), into);
             } else if name.ends_with(".rs") {
                 into.insert(format!("{prefix}{name}"), fs::read_to_string(&path).unwrap());

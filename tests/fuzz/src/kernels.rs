@@ -1,7 +1,8 @@
 //! Any bytes as weights and any numbers as activations: every kernel this processor can run must give the scalar
 //! kernel's bits.
 
-use gemrun_simd::{ActsBuf, Format, Isa, KERNELS, Tile, ops, select};
+use gemrun_simd::selftest::same;
+use gemrun_simd::{ActsBuf, Format, Isa, KERNELS, Layout, Rows, Tile, ops, select};
 
 use super::common::damage::{Bytes, Draw};
 
@@ -25,17 +26,39 @@ pub fn run(data: &[u8]) {
     let row_bytes = format.row_bytes(cols).expect("whole blocks");
     let w: Vec<u8> = weights.iter().copied().cycle().take(rows * row_bytes).collect();
 
+    let scale: Vec<f32> = if format.is_channel() { (0..rows).map(|r| 0.01 + r as f32).collect() } else { vec![] };
+
     let mut buf = ActsBuf::default();
-    let x = buf.quantize(ops(Isa::Scalar), &x, cols);
+    let ops = ops(Isa::Scalar);
+    let x = match format.is_channel() {
+        true => buf.quantize_static(ops, &x, cols, 1.0 / 127.0),
+        false => buf.quantize(ops, &x, cols),
+    };
     let mut want = vec![0.0; tokens * rows];
-    select(format, Isa::Scalar).matmul(&w, &x, &mut Tile::whole(&mut want, rows));
+    let scalar = select(format, Isa::Scalar);
+    scalar.matmul(Rows { bytes: &w, scale: &scale }, &x, &mut Tile::whole(&mut want, rows));
     for kernel in KERNELS.iter().filter(|kernel| kernel.format() == format && kernel.supported()) {
-        let mut got = vec![0.0; tokens * rows];
-        kernel.matmul(&w, &x, &mut Tile::whole(&mut got, rows));
-        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-            let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
-            let (name, token, row) = (kernel.name(), i / rows, i % rows);
-            assert!(same, "{name}, {rows} rows, {cols} columns, token {token} of {tokens}, row {row}: {got}, {want}");
+        // Interleaved rows come in eights.
+        let (w, n) = match kernel.layout() {
+            Layout::Gguf => (w.clone(), rows),
+            Layout::Interleaved => (interleaved(format, &w, row_bytes), rows / 8 * 8),
+        };
+        let w = Rows { bytes: &w, scale: &scale[..n.min(scale.len())] };
+        let mut got = vec![0.0; tokens * n];
+        kernel.matmul(w, &x, &mut Tile::whole(&mut got, n));
+        for (i, got) in got.iter().enumerate() {
+            let (token, row) = (i / n, i % n);
+            let (name, want) = (kernel.name(), want[token * rows + row]);
+            assert!(same(*got, want), "{name}, {n} x {cols}, token {token} of {tokens}, row {row}: {got}, {want}");
         }
     }
+}
+
+/// As many of the rows as come in eights, in interleaved order.
+fn interleaved(format: Format, w: &[u8], row_bytes: usize) -> Vec<u8> {
+    let mut out = vec![0; w.len() / (8 * row_bytes) * 8 * row_bytes];
+    for (rows, out) in w.chunks_exact(8 * row_bytes).zip(out.chunks_exact_mut(8 * row_bytes)) {
+        format.interleave(rows, out);
+    }
+    out
 }
