@@ -456,7 +456,8 @@ fn merge_rules_never_make_a_marker() {
     let mut parts = Parts::good();
     for text in ["<", "t", "u", "r", "n", "|", ">", "<t", "<tu", "<tur", "<turn", "<turn|"] {
         parts.tokens.push(text.into());
-        (parts.types.push(1), parts.scores.push(0.0));
+        parts.types.push(1);
+        parts.scores.push(0.0);
     }
     parts.merges = vec!["< t", "<t u", "<tu r", "<tur n", "<turn |", "<turn| >"];
     let tokenizer = build(parts.writer()).unwrap();

@@ -43,26 +43,16 @@ pub fn run(data: &[u8]) {
         }
     }
 
-    let ids = |mut text: Box<dyn FnMut(&[u8], &mut Vec<u32>) + '_>| {
-        let mut ids = Vec::new();
-        for part in &parts {
-            match part {
-                Part::Marker(id) => ids.push(*id),
-                Part::Text(bytes) => text(bytes, &mut ids),
-            }
-        }
-        ids
-    };
     let byte = |byte: &u8| tokenizer.id_of(&format!("<0x{byte:02X}>")).expect("a token for every byte");
     let whole = |bytes: &[u8], ids: &mut Vec<u32>| match std::str::from_utf8(bytes) {
         // U+2581 is how the vocabulary writes a space, so as text it would come back as one.
         Ok(text) if !text.contains('\u{2581}') => tokenizer.append(text, false, ids),
         _ => ids.extend(bytes.iter().map(byte)),
     };
-    let bytewise = ids(Box::new(|bytes, ids| ids.extend(bytes.iter().map(byte))));
-    let longest = ids(Box::new(whole));
+    let bytewise = tokens(&parts, &mut |bytes, ids| ids.extend(bytes.iter().map(byte)));
+    let longest = tokens(&parts, &mut |bytes, ids| whole(bytes, ids));
     let mut lengths = cuts.iter().cycle();
-    let mixed = ids(Box::new(|bytes, ids| {
+    let mixed = tokens(&parts, &mut |bytes, ids| {
         let mut rest = bytes;
         while !rest.is_empty() {
             let len = 1 + usize::from(lengths.next().copied().unwrap_or(0)) % 8;
@@ -70,8 +60,20 @@ pub fn run(data: &[u8]) {
             whole(piece, ids);
             rest = tail;
         }
-    }));
+    });
     let read = read_ids(tokenizer, &prompt, &bytewise);
     assert_eq!(read, read_ids(tokenizer, &prompt, &longest), "cut into long tokens");
     assert_eq!(read, read_ids(tokenizer, &prompt, &mixed), "cut anywhere");
+}
+
+/// The tokens of a reply, whose texts `text` cuts.
+fn tokens(parts: &[Part], text: &mut dyn FnMut(&[u8], &mut Vec<u32>)) -> Vec<u32> {
+    let mut ids = Vec::new();
+    for part in parts {
+        match part {
+            Part::Marker(id) => ids.push(*id),
+            Part::Text(bytes) => text(bytes, &mut ids),
+        }
+    }
+    ids
 }
