@@ -158,7 +158,8 @@ fn logits(choice: &Choice, isas: &[Isa], threads: &[usize]) -> gemrun::Result<(V
     for &isa in isas {
         let each = || CHUNKS.iter().zip(threads.iter().cycle()).map(|(&chunk, &threads)| (threads, chunk));
         let ways: Vec<(usize, usize)> = if isa != choice.isa {
-            each().take(2).collect()
+            // The scalar reference has been one way already.
+            each().take(if isa == Isa::Scalar { 1 } else { 2 }).collect()
         } else if isa == Isa::Scalar {
             each().collect()
         } else {

@@ -15,7 +15,7 @@ pub struct Cooling {
     pub devices: Vec<Device>,
     /// A Raspberry Pi's own record.
     pub raspberry_pi: Option<Throttled>,
-    /// How often x86 processors have slowed down for heat since the start, all added.
+    /// How often the x86 core that had to most has slowed down for heat since the start.
     pub throttle_count: Option<u64>,
 }
 
@@ -156,7 +156,7 @@ fn throttle_count(root: &Root) -> Option<u64> {
         .numbered(CPUS, "cpu")
         .into_iter()
         .filter_map(|cpu| root.number::<u64>(format!("{CPUS}/{cpu}/thermal_throttle/core_throttle_count")));
-    counts.fold(None, |sum, count| Some(sum.unwrap_or(0_u64).saturating_add(count)))
+    counts.max()
 }
 
 #[cfg(test)]
