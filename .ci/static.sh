@@ -2,7 +2,7 @@
 # processor lacks. Each is linked statically with musl by the linker that comes with Rust, then chats with the demo
 # model on emulated processors without the instructions it would like to use, and gives the demo model's bits.
 #   static_binary TARGET          builds it; leaves its path in $STATIC
-#   static_runs BITS COMMAND…     chats and checks the hash of its logits: COMMAND runs the binary
+#   static_runs BITS COMMAND…     chats, checks the hash of its logits and tests itself: COMMAND runs the binary
 # shellcheck shell=bash
 
 static_binary() {
@@ -26,6 +26,7 @@ static_runs() {
     "$@" eval logits demo --tokens "$tokens" -o "$out"
     [ "$(sha256sum "$out" | cut -d' ' -f1)" = "$bits" ]
     rm "$out"
+    "$@" selftest
 }
 
 # QEMU says on each start what it cannot emulate of a processor; none of that is used.
