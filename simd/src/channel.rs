@@ -13,7 +13,7 @@
 
 use crate::format::Block;
 use crate::unpack::Vector;
-use crate::wide::{Eight, MANY, Range, Simd, unrolled};
+use crate::wide::{Eight, MANY, Range, Simd, TURN, unrolled};
 use crate::{Acts, Layout, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -28,7 +28,11 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes
         }
         _ => x.q,
     };
-    let tokens = Tokens { a: a.as_chunks().0, x };
+    let mut sums = vec![0; x.tokens];
+    for (sum, of_16) in sums.iter_mut().zip(x.sums.chunks_exact(x.cols / 16)) {
+        *sum = of_16.iter().map(|a| *a as i32).sum();
+    }
+    let tokens = Tokens { a: a.as_chunks().0, sums: &sums, x };
     if x.tokens >= MANY {
         Panel::<S>::new().matmul::<B>(s, layout, w, row_bytes, &tokens, out);
     } else if layout == Layout::Gguf {
@@ -74,6 +78,8 @@ fn by_fields(a: &[i8], bits: usize, out: &mut [i8]) {
 /// Activations in the order of the weights, and the rest of what is known of them.
 struct Tokens<'a> {
     a: &'a [[i8; 32]],
+    /// The sum of all activations of each token.
+    sums: &'a [i32],
     x: &'a Acts<'a>,
 }
 
@@ -88,12 +94,7 @@ impl Tokens<'_> {
     /// From the running sum of products with token `t` to the output.
     #[inline(always)]
     fn finish<S: Simd, B: Block>(&self, s: S, t: usize, isum: S::I, row_scale: &[f32], out: &mut [f32]) {
-        let n = self.x.cols / 16;
-        let mut sum = 0;
-        for a in &self.x.sums[t * n..][..n] {
-            sum += *a as i32;
-        }
-        let isum = s.add(isum, s.splat(-range::<S, B>().1 * sum));
+        let isum = s.add(isum, s.splat(-range::<S, B>().1 * self.sums[t]));
         let mut lanes = [0.0; 16];
         lanes[..row_scale.len()].copy_from_slice(row_scale);
         let scale = s.mul_f32(s.load_f32(&lanes), s.splat_f32(self.x.scale[t]));
@@ -169,17 +170,17 @@ fn few<S: Eight, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out
 #[inline(always)]
 fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
     let rows = w.bytes.len() / row_bytes;
-    let each = rows / (STREAMS * S::ROWS) * S::ROWS;
-    few_interleaved::<S, B, STREAMS>(s, w, row_bytes, 0, each, tokens, out);
-    let done = STREAMS * each;
+    let streams = const { if bits::<B>() == 2 { S::CRUMB_STREAMS } else { 4 } };
+    let each = rows / (streams * S::ROWS) * S::ROWS;
+    match streams {
+        4 => few_interleaved::<S, B, 4>(s, w, row_bytes, 0, each, tokens, out),
+        _ => few_interleaved::<S, B, 2>(s, w, row_bytes, 0, each, tokens, out),
+    }
+    let done = if streams == 4 { 4 } else { 2 } * each;
     let rest = (rows - done) / S::ROWS * S::ROWS;
     few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, tokens, out);
     few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done + rest, rows - done - rest, tokens, out);
 }
-
-/// Streams read at once, and how far ahead of each its bytes are asked for.
-const STREAMS: usize = 4;
-const AHEAD: usize = 2048;
 
 /// Rows `from..from + N·each`: `N` streams of `each` rows.
 #[inline(always)]
@@ -192,7 +193,6 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     tokens: &Tokens,
     out: &mut Tile,
 ) {
-    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     for r in (0..each).step_by(S::ROWS) {
         let mut streams = [[&[][..]; 2]; N];
         for (i, stream) in streams.iter_mut().enumerate() {
@@ -203,18 +203,15 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
         }
         for t in 0..tokens.x.tokens {
             let mut acc = [[s.splat(0); 3]; N];
-            for (g, a) in tokens.groups(t).iter().enumerate() {
-                unrolled!(i < N, {
-                    let block = Vector::block(streams[i], g, block_bytes);
-                    for line in (0..block_bytes).step_by(64) {
-                        block.prefetch(s, line + AHEAD);
-                    }
-                    let mut group = [s.splat_u8(0); 8];
-                    for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
-                        *word = s.load(block.fields(4 * u));
-                    }
-                    acc[i] = add::<S, B>(s, acc[i], group, a);
-                });
+            let mut streams = streams;
+            let (turns, rest) = tokens.groups(t).as_chunks::<TURN>();
+            for a in turns {
+                // SAFETY: rows have as many blocks as tokens have groups.
+                unsafe { add_blocks::<S, B, N, _>(s, &mut streams, a, &mut acc) };
+            }
+            for a in rest.as_chunks::<1>().0 {
+                // SAFETY: as above.
+                unsafe { add_blocks::<S, B, N, _>(s, &mut streams, a, &mut acc) };
             }
             for (i, acc) in acc.into_iter().enumerate() {
                 let rows = from + i * each + r..from + i * each + r + S::ROWS;
@@ -223,6 +220,37 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
             }
         }
     }
+}
+
+/// Takes as many blocks off each stream as there are groups of activations, at most eight, and adds their products.
+///
+/// # Safety
+/// There must be as many.
+#[inline(always)]
+unsafe fn add_blocks<S: Simd, B: Block, const N: usize, const GROUPS: usize>(
+    s: S,
+    streams: &mut [[&[u8]; 2]; N],
+    a: &[[i8; 32]; GROUPS],
+    acc: &mut [[S::I; 3]; N],
+) {
+    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+    let start = *streams;
+    unrolled!(g < GROUPS, {
+        let lines = g * block_bytes / 64..(g + 1) * block_bytes / 64;
+        unrolled!(i < N, {
+            s.prefetch_lines(start[i][0].as_ptr(), lines.clone());
+            if S::ROWS == 16 {
+                s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
+            }
+            // SAFETY: the caller's promise.
+            let block = unsafe { Vector::take(&mut streams[i], block_bytes) };
+            let mut group = [s.splat_u8(0); 8];
+            for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
+                *word = s.load(block.fields(4 * u));
+            }
+            acc[i] = add::<S, B>(s, acc[i], group, &a[g]);
+        });
+    });
 }
 
 // Many tokens.

@@ -39,6 +39,12 @@ mod wide;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
+#[cfg(target_arch = "aarch64")]
+mod neon_i8mm;
 
 use std::marker::PhantomData;
 
@@ -48,7 +54,7 @@ pub use tile::{Tile, Tiles};
 pub use vec::{Ops, ops};
 
 use scalar::{Floats, Groups, Unpacked};
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use wide::Wide;
 
 /// The features of an ISA: architecture, macro that detects them, names.
@@ -69,17 +75,26 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C: x86-64 since 2013.
     Avx2,
+    /// NEON: every 64-bit ARM CPU (Cortex-A53 and A72, Raspberry Pi 4).
+    Neon,
+    /// NEON with `sdot` (Cortex-A76, Raspberry Pi 5).
+    NeonDot,
+    /// NEON with `sdot` and `smmla` (Cortex-A510, Neoverse V1).
+    NeonI8mm,
 }
 
 impl Isa {
     /// Every ISA, worst first.
-    pub const ALL: [Isa; 2] = [Isa::Scalar, Isa::Avx2];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
 
-    /// `scalar`, `avx2`.
+    /// `scalar`, `avx2`, `neon`, `neon_dot`, `neon_i8mm`.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neon_dot",
+            Isa::NeonI8mm => "neon_i8mm",
         }
     }
 
@@ -92,8 +107,11 @@ impl Isa {
     /// registers.
     pub fn features(self) -> &'static [Feature] {
         match self {
-            Isa::Scalar => &[],
+Isa::Scalar => &[],
             Isa::Avx2 => features!("x86_64" is_x86_feature_detected "avx2" "fma" "f16c"),
+            Isa::Neon => features!("aarch64" is_aarch64_feature_detected "neon"),
+            Isa::NeonDot => features!("aarch64" is_aarch64_feature_detected "neon" "dotprod"),
+            Isa::NeonI8mm => features!("aarch64" is_aarch64_feature_detected "neon" "dotprod" "i8mm"),
         }
     }
 
@@ -204,6 +222,12 @@ macro_rules! kernels {
 macro_rules! scalar_kernels { ($($line:tt)*) => { kernels!(Scalar "scalar" Groups (); $($line)*) }; }
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx2_kernels { ($($line:tt)*) => { kernels!(Avx2 "avx2" Wide avx2::Ymm<avx2::Maddubs>; $($line)*) }; }
+#[cfg(target_arch = "aarch64")]
+macro_rules! neon_kernels { ($($line:tt)*) => { kernels!(Neon "neon" Wide neon::Neon<neon::Mull>; $($line)*) }; }
+#[cfg(target_arch = "aarch64")]
+macro_rules! neon_dot_kernels { ($($line:tt)*) => { kernels!(NeonDot "neon_dot" Wide neon::Neon<neon_dot::Sdot>; $($line)*) }; }
+#[cfg(target_arch = "aarch64")]
+macro_rules! neon_i8mm_kernels { ($($line:tt)*) => { kernels!(NeonI8mm "neon_i8mm" Wide neon::Neon<neon_i8mm::Smmla>; $($line)*) }; }
 
 /// The kernels by ISA, best first.
 const BY_ISA: &[&[&dyn Kernel]] = &[
@@ -211,6 +235,14 @@ const BY_ISA: &[&[&dyn Kernel]] = &[
     for_each_block_format!(avx2_kernels),
     #[cfg(target_arch = "x86_64")]
     floats!(Avx2, "avx2"),
+    #[cfg(target_arch = "aarch64")]
+    for_each_block_format!(neon_i8mm_kernels),
+    #[cfg(target_arch = "aarch64")]
+    for_each_block_format!(neon_dot_kernels),
+    #[cfg(target_arch = "aarch64")]
+    for_each_block_format!(neon_kernels),
+    #[cfg(target_arch = "aarch64")]
+    floats!(Neon, "neon"),
     for_each_block_format!(scalar_kernels),
     floats!(Scalar, "scalar"),
 ];
@@ -246,6 +278,8 @@ macro_rules! unpacked {
                 Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Scalar },
                 #[cfg(target_arch = "x86_64")]
                 Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Avx2 },
+                #[cfg(target_arch = "aarch64")]
+                Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Neon },
             )*
         ];
     };

@@ -318,6 +318,19 @@ impl<'a> Vector<'a> {
         Vector { block: [&groups[0][at..at + block_bytes], &groups[1][at..at + block_bytes]], v: 0 }
     }
 
+    /// Takes the first block off what is left of eight rows each.
+    ///
+    /// # Safety
+    /// There must be one, of `block_bytes`.
+    #[inline(always)]
+    pub unsafe fn take(groups: &mut [&'a [u8]; 2], block_bytes: usize) -> Vector<'a> {
+        // SAFETY: the caller's promise.
+        let ((first, rest), (second, second_rest)) =
+            unsafe { (groups[0].split_at_unchecked(block_bytes), groups[1].split_at_unchecked(block_bytes)) };
+        *groups = [rest, second_rest];
+        Vector { block: [first, second], v: 0 }
+    }
+
     /// Vector `v` of each group of the block.
     #[inline(always)]
     pub fn at(&self, v: usize) -> Vector<'a> {

@@ -531,6 +531,8 @@ functions!(table!);
 functions!(instance! scalar Scalar Software, #[inline]);
 #[cfg(target_arch = "x86_64")]
 functions!(instance! avx2 Avx2 crate::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "aarch64")]
+functions!(instance! neon Neon crate::neon::Halves, #[target_feature(enable = "neon")]);
 
 /// The instance for `isa`.
 ///
@@ -542,6 +544,8 @@ pub fn ops(isa: Isa) -> &'static Ops {
         Isa::Scalar => &scalar::OPS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &avx2::OPS,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => &neon::OPS,
         #[allow(unreachable_patterns)] // none is left over on some architectures
         _ => unreachable!("not supported on this architecture"),
     }

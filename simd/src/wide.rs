@@ -74,6 +74,10 @@ pub(crate) trait Simd: Copy {
     const ISA: Isa;
     /// 8, or 16. With 16, rows come as two groups of eight; with 8, the second group of each pair below is ignored.
     const ROWS: usize;
+    /// Groups of rows read at once in interleaved order: as many as the registers have room for.
+    const STREAMS: usize;
+    /// The same where [`Simd::crumbs`] keeps its sums.
+    const CRUMB_STREAMS: usize = 4;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 
@@ -121,8 +125,22 @@ pub(crate) trait Simd: Copy {
     /// `fma(a, −b, c)`.
     fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
+    /// `v`, computed before what follows: for compilers that put off a sum until they run out of registers.
+    #[inline(always)]
+    fn now(self, v: Self::F) -> Self::F {
+        v
+    }
+
     /// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
     fn prefetch(self, at: *const u8);
+
+    /// The same for some lines, counted from [`AHEAD`] beyond `at`.
+    #[inline(always)]
+    fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
+        for line in lines {
+            self.prefetch(at.wrapping_add(AHEAD + 64 * line));
+        }
+    }
 
     /// `acc` plus the products of 16 weights of each row, four in each of `w`, with 16 activations.
     fn dot16(self, acc: Self::I, w: [Self::B; 4], a: &[i8; 16], range: Range) -> Self::I;
@@ -276,6 +294,19 @@ impl<'a> Token<'a> {
         Token { a: &x.q.as_chunks().0[at..][..n], da: &x.scale[at..][..n], sums: &x.sums.as_chunks().0[at..][..n] }
     }
 
+    /// Takes off the first `n` groups.
+    ///
+    /// # Safety
+    /// There must be as many.
+    #[inline(always)]
+    unsafe fn take(&mut self, n: usize) -> Token<'a> {
+        // SAFETY: the caller's promise, for each of three slices of the same length.
+        let ((a, a_rest), (da, da_rest), (sums, sums_rest)) =
+            unsafe { (self.a.split_at_unchecked(n), self.da.split_at_unchecked(n), self.sums.split_at_unchecked(n)) };
+        *self = Token { a: a_rest, da: da_rest, sums: sums_rest };
+        Token { a, da, sums }
+    }
+
     /// Group `k`, which must be one of the `n` asked for.
     #[inline(always)]
     fn group(&self, k: usize) -> (&'a [i8; 32], f32, &'a [i16; 2]) {
@@ -402,7 +433,7 @@ fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
 fn interleaved<S: Simd, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     let rows = w.len() / row_bytes;
     // Blocks of many groups keep many vectors alive: fewer streams.
-    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 32 / S::ROWS } };
+    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { S::STREAMS } };
     let each = rows / (streams * S::ROWS) * S::ROWS;
     let mut done = streams * each;
     match streams {
@@ -443,7 +474,18 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
         for t in 0..x.tokens {
             let token = Token::of(x, t, 0, blocks * per_block);
             let mut acc = [s.zero(); N];
-            for b in 0..blocks {
+            if per_block == 1 {
+                let (mut streams, mut token) = (streams, token);
+                for _ in 0..blocks / TURN {
+                    // SAFETY: a row has as many blocks as the token has groups.
+                    unsafe { add_blocks::<S, B, N>(s, TURN, &mut streams, &mut token, &mut acc) };
+                }
+                for _ in 0..blocks % TURN {
+                    // SAFETY: as above.
+                    unsafe { add_blocks::<S, B, N>(s, 1, &mut streams, &mut token, &mut acc) };
+                }
+            }
+            for b in 0..if per_block == 1 { 0 } else { blocks } {
                 let mut common = [unpack::Common::<S>::none(s); N];
                 let mut block = [Vector::none(); N];
                 unrolled!(i < N, {
@@ -458,13 +500,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
                             for line in (0..group_bytes).step_by(64) {
                                 block[i].prefetch(s, g * group_bytes + line + AHEAD);
                             }
-                            let lanes = unpack::lanes::<S, B, _>(s, &block[i], &common[i], g);
-                            let mut w = [s.splat_u8(0); 8];
-                            for (v, w) in w.iter_mut().enumerate() {
-                                *w = unpack::codes::<S, B, _>(s, block[i].at(v), g);
-                            }
-                            let isum = sum::<S, B>(s, w, &lanes, a, sums);
-                            acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
+                            acc[i] = add_group::<S, B>(s, &block[i], &common[i], g, (a, da, sums), acc[i]);
                         });
                     });
                 }
@@ -476,8 +512,61 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     }
 }
 
+/// Adds the products of group `g` of a block with a group of activations.
+#[inline(always)]
+fn add_group<S: Simd, B: Block>(
+    s: S,
+    block: &Vector,
+    common: &unpack::Common<S>,
+    g: usize,
+    (a, da, sums): (&[i8; 32], f32, &[i16; 2]),
+    acc: S::F,
+) -> S::F {
+    let lanes = unpack::lanes::<S, B, _>(s, block, common, g);
+    let mut w = [s.splat_u8(0); 8];
+    for (v, w) in w.iter_mut().enumerate() {
+        *w = unpack::codes::<S, B, _>(s, block.at(v), g);
+    }
+    let isum = sum::<S, B>(s, w, &lanes, a, sums);
+    s.now(step::<S, B>(s, isum, &lanes, da, sums, acc))
+}
+
+/// Blocks of one group multiplied in a turn of the loop: one is less work than a turn should be.
+pub(crate) const TURN: usize = 4;
+
+/// Takes `n` blocks of one group off each stream and as many groups off the token, and adds their products.
+///
+/// # Safety
+/// There must be as many.
+#[inline(always)]
+unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
+    s: S,
+    n: usize,
+    streams: &mut [[&[u8]; 2]; N],
+    token: &mut Token,
+    acc: &mut [S::F; N],
+) {
+    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
+    let start = *streams;
+    unrolled!(b < n, {
+        // SAFETY: the caller's promise.
+        let group = unsafe { token.take(1) }.group(0);
+        let lines = (b * block_bytes).div_ceil(64)..((b + 1) * block_bytes).div_ceil(64);
+        unrolled!(i < N, {
+            s.prefetch_lines(start[i][0].as_ptr(), lines.clone());
+            if S::ROWS == 16 {
+                s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
+            }
+            // SAFETY: the caller's promise.
+            let block = unsafe { Vector::take(&mut streams[i], block_bytes) };
+            let common = unpack::common::<S, B, _>(s, &block);
+            acc[i] = add_group::<S, B>(s, &block, &common, 0, group, acc[i]);
+        });
+    });
+}
+
 /// How far ahead of a stream its bytes are asked for.
-const AHEAD: usize = 2048;
+pub(crate) const AHEAD: usize = 2048;
 
 // Many tokens.
 

@@ -5,6 +5,10 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::sync::Mutex;
+
 use common::{Rng, same, weights};
 use gemrun_simd::format::{self, Block};
 use gemrun_simd::{Acts, ActsBuf, Format, Isa, KERNELS, Kernel, Layout, Rows, Tile, Tiles, dequant, find, ops, select};
@@ -97,6 +101,9 @@ fn expected(format: Format, row: &[u8], row_scale: f32, x: &Acts, t: usize) -> f
     }
 }
 
+/// The kernels that have run.
+static RAN: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+
 /// Runs every supported kernel of `format` on the rows, from an unaligned address and into a tile with
 /// canaries around it, and compares each output with the naive version.
 fn check(format: Format, w: &[u8], x: &Acts, what: &str) {
@@ -129,6 +136,7 @@ fn check(format: Format, w: &[u8], x: &Acts, what: &str) {
             // SAFETY: the only tile.
             let mut tile = unsafe { Tiles::new(&mut out, stride).tile(2..2 + n_rows) };
             kernel.matmul(rows(format, w, &scale), x, &mut tile);
+            RAN.lock().unwrap().insert(kernel.name());
             for (i, got) in out.iter().enumerate() {
                 let (t, r) = (i / stride, (i % stride).wrapping_sub(2));
                 let want = if r < n_rows { want[t * n_rows + r] } else { CANARY };
@@ -207,6 +215,24 @@ fn all_shapes() {
                 check(format, &w, &quantize(&mut buf, format, &x, cols), "random");
             }
         }
+    }
+    every_kernel_ran();
+}
+
+/// Says which kernels have run, all that this CPU can run. `GEMRUN_EXPECT_ISA=neon_dot,neon` says which ISAs must be among
+/// them, lest a machine's tests pass because it runs less than it should.
+fn every_kernel_ran() {
+    let ran = RAN.lock().unwrap();
+    let list: Vec<&str> = ran.iter().copied().collect();
+    // Past the test harness, which would swallow it.
+    let _ = writeln!(std::io::stderr(), "{} kernels ran: {}", list.len(), list.join(" "));
+    for kernel in KERNELS {
+        assert_eq!(ran.contains(kernel.name()), kernel.supported(), "{}", kernel.name());
+    }
+    let expected = std::env::var("GEMRUN_EXPECT_ISA").unwrap_or_default();
+    for isa in expected.split(',').filter(|isa| !isa.is_empty()) {
+        let of = |name: &str| name.rsplit_once('/').is_some_and(|(_, ran)| ran == isa);
+        assert!(ran.iter().any(|name| of(name)), "no kernel of {isa} ran: {expected} expected");
     }
 }
 
@@ -363,7 +389,8 @@ fn tables_are_complete_and_in_order() {
             let kernel = select(format, isa);
             assert_eq!(kernel.format(), format);
             assert!(kernel.isa() <= isa && kernel.supported());
-            if isa.supported() && cfg!(target_arch = "x86_64") {
+            // ISAs that differ in integer products only bring nothing to the float formats.
+            if isa.supported() && !format.is_float() {
                 assert_eq!(kernel.isa(), isa, "{}", kernel.name());
             }
             assert_eq!(dequant(format, isa).format(), format);

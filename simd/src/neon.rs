@@ -1,0 +1,624 @@
+//! Vectors of aarch64: NEON as every ARMv8 CPU has it, eight rows in two vectors of 128 bits.
+//!
+//! The one idea: [`Neon`] is all of [`Simd`] but the dot products ([`Dot`]), which `neon_dot.rs` and `neon_i8mm.rs` do
+//! by instructions of their own. This file's are [`Mull`]: bytes are multiplied into 16 bits, as many products are added
+//! there as the span of the weights allows, then pairs are added into 32 bits.
+//!
+//! ```text
+//! weights       row 0: k k k k | row 1: k k k k | row 2: k k k k | row 3: k k k k      (one vector; four more rows: another)
+//! activations          k k k k |        k k k k |        k k k k |        k k k k
+//! smull, smlal ..      8 sums of rows 0 and 1            smull2, smlal2 ..      8 sums of rows 2 and 3
+//! addp                 2 sums of each row
+//! sadalp               rows 0, 1, 2, 3
+//! ```
+
+use std::arch::aarch64::*;
+use std::arch::asm;
+use std::marker::PhantomData;
+
+use crate::Isa;
+use crate::format::Block;
+use crate::vec::LANES;
+use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves};
+
+/// Evaluates intrinsics where a value of the ISA's type, or being called by a method of one, proves that the CPU has them.
+macro_rules! proven {
+    ($e:expr) => {{
+        // SAFETY: a value of the type exists only where `new` found the instructions; pointers come from references to
+        // arrays as large as what is read or written, and nothing needs alignment.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $e
+        }
+    }};
+}
+pub(crate) use proven;
+
+/// Bytes: rows 0..4 and 4..8, or the two halves of 32 bytes of one row.
+pub(crate) type Bytes = [uint8x16_t; 2];
+/// An i32 for each of eight rows.
+pub(crate) type Ints = [int32x4_t; 2];
+
+/// Integer dot products of 128-bit vectors.
+pub(crate) trait Dot: Copy {
+    const ISA: Isa;
+    fn new() -> Option<Self>;
+    /// The way into code compiled for this ISA.
+    fn enter<B: Block>(s: Neon<Self>, product: Product<B>);
+    /// `acc` plus products of 4·N weights of each row, four in each of `w`, with the first 4·N of `a`.
+    fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8], range: Range) -> Ints;
+    /// The products of 16 weights of one row with 16 activations, some of them added in each lane.
+    fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t;
+    /// [`Simd::crumbs`], and the sum of products behind it.
+    fn crumbs(s: Neon<Self>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3];
+    fn crumbs_total(acc: [Ints; 3]) -> Ints;
+    /// For each of four rows, the products of its 32 nibbles with the activations.
+    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t;
+}
+
+/// Eight rows in pairs of 128-bit vectors. A value proves that the CPU has NEON, and what `D` needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon<D>(PhantomData<D>);
+
+/// `f` of both vectors.
+#[inline(always)]
+fn both<A: Copy, B>(a: [A; 2], f: impl Fn(A) -> B) -> [B; 2] {
+    [f(a[0]), f(a[1])]
+}
+
+/// `f` of both pairs of vectors.
+#[inline(always)]
+fn zip<A: Copy, B: Copy, C>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> C) -> [C; 2] {
+    [f(a[0], b[0]), f(a[1], b[1])]
+}
+
+impl<D: Dot> Simd for Neon<D> {
+    type B = Bytes;
+    type I = Ints;
+    type F = [float32x4_t; 2];
+    type Eight = Self;
+
+    const ISA: Isa = D::ISA;
+    const ROWS: usize = 8;
+    const STREAMS: usize = 4;
+    const CRUMB_STREAMS: usize = 2;
+    const SIGNED_BIAS: i32 = 0;
+
+    #[inline(always)]
+    fn new() -> Option<Self> {
+        D::new().filter(|_| Isa::Neon.supported()).map(|_| Neon(PhantomData))
+    }
+    #[inline(always)]
+    fn eight(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn enter<B: Block>(self, product: Product<B>) {
+        D::enter(self, product);
+    }
+
+    #[inline(always)]
+    fn load(self, groups: [&[u8; 32]; 2]) -> Bytes {
+        self.load32(groups[0])
+    }
+    #[inline(always)]
+    fn splat_u8(self, value: u8) -> Bytes {
+        proven!([vdupq_n_u8(value); 2])
+    }
+    #[inline(always)]
+    fn field(self, b: Bytes, shift: usize, mask: u8) -> Bytes {
+        both(b, |b| {
+            let b = if shift == 0 { b } else { proven!(vshlq_u8(b, vdupq_n_s8(-(shift as i8)))) };
+            // The shift alone leaves no other bits.
+            if mask == 255 >> shift { b } else { proven!(vandq_u8(b, vdupq_n_u8(mask))) }
+        })
+    }
+    #[inline(always)]
+    fn shl(self, b: Bytes, n: usize) -> Bytes {
+        both(b, |b| proven!(vshlq_u8(b, vdupq_n_s8(n as i8))))
+    }
+    #[inline(always)]
+    fn or(self, a: Bytes, b: Bytes) -> Bytes {
+        zip(a, b, |a, b| proven!(vorrq_u8(a, b)))
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[i8; 16], indices: Bytes) -> Bytes {
+        both(indices, |i| proven!(vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(table.as_ptr())), i)))
+    }
+
+    #[inline(always)]
+    fn splat(self, value: i32) -> Ints {
+        proven!([vdupq_n_s32(value); 2])
+    }
+    #[inline(always)]
+    fn load_i32(self, from: &[i32; 16]) -> Ints {
+        proven!([vld1q_s32(from.as_ptr()), vld1q_s32(from[4..].as_ptr())])
+    }
+    #[inline(always)]
+    fn store_i32(self, v: Ints, to: &mut [i32; 16]) {
+        proven!({
+            vst1q_s32(to.as_mut_ptr(), v[0]);
+            vst1q_s32(to[4..].as_mut_ptr(), v[1]);
+        });
+    }
+    #[inline(always)]
+    fn add(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vaddq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn sub(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vsubq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn mul(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vmulq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vorrq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn field_i32(self, v: Ints, shift: usize, mask: u32) -> Ints {
+        both(v, |v| {
+            proven!({
+                let v = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-(shift as i32)));
+                vreinterpretq_s32_u32(vandq_u32(v, vdupq_n_u32(mask)))
+            })
+        })
+    }
+    #[inline(always)]
+    fn shl_i32(self, v: Ints, n: usize) -> Ints {
+        both(v, |v| proven!(vshlq_s32(v, vdupq_n_s32(n as i32))))
+    }
+    #[inline(always)]
+    fn words(self, b: Bytes) -> Ints {
+        both(b, |b| proven!(vreinterpretq_s32_u8(b)))
+    }
+    #[inline(always)]
+    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Ints; 2] {
+        proven!({
+            let pairs = vreinterpretq_s8_u8(vld1q_u8(groups[0].as_ptr()));
+            let (even, odd) =
+                (vmovl_s8(vget_low_s8(vuzp1q_s8(pairs, pairs))), vmovl_s8(vget_low_s8(vuzp2q_s8(pairs, pairs))));
+            [widen(even), widen(odd)]
+        })
+    }
+
+    #[inline(always)]
+    fn zero(self) -> Self::F {
+        self.splat_f32(0.0)
+    }
+    #[inline(always)]
+    fn splat_f32(self, value: f32) -> Self::F {
+        proven!([vdupq_n_f32(value); 2])
+    }
+    #[inline(always)]
+    fn load_f32(self, from: &[f32; 16]) -> Self::F {
+        proven!([vld1q_f32(from.as_ptr()), vld1q_f32(from[4..].as_ptr())])
+    }
+    #[inline(always)]
+    fn store_f32(self, v: Self::F, to: &mut [f32; 16]) {
+        proven!({
+            vst1q_f32(to.as_mut_ptr(), v[0]);
+            vst1q_f32(to[4..].as_mut_ptr(), v[1]);
+        });
+    }
+    #[inline(always)]
+    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F {
+        proven!(from_halves(vld1q_u8(groups[0].as_ptr())))
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Ints) -> Self::F {
+        both(v, |v| proven!(vcvtq_f32_s32(v)))
+    }
+    #[inline(always)]
+    fn mul_f32(self, a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| proven!(vmulq_f32(a, b)))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        proven!([vfmaq_f32(c[0], a[0], b[0]), vfmaq_f32(c[1], a[1], b[1])])
+    }
+    #[inline(always)]
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        proven!([vfmsq_f32(c[0], a[0], b[0]), vfmsq_f32(c[1], a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn now(self, v: Self::F) -> Self::F {
+        let [mut low, mut high] = v;
+        if cfg!(not(miri)) {
+            // SAFETY: no instruction at all.
+            unsafe {
+                asm!("/* {0} {1} */", inlateout(vreg) low, inlateout(vreg) high, options(nomem, nostack, preserves_flags))
+            };
+        }
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        if cfg!(not(miri)) {
+            // SAFETY: a prefetch reads nothing, and never faults.
+            unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, readonly, preserves_flags)) };
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
+        for line in lines {
+            prefetch_line(at, line);
+        }
+    }
+
+    #[inline(always)]
+    fn dot16(self, acc: Ints, w: [Bytes; 4], a: &[i8; 16], range: Range) -> Ints {
+        D::dot(acc, w, a, range)
+    }
+    #[inline(always)]
+    fn dot32(self, acc: Ints, w: [Bytes; 8], a: &[i8; 32], range: Range) -> Ints {
+        D::dot(acc, w, a, range)
+    }
+    #[inline(always)]
+    fn dot16_scaled(self, acc: Ints, w: [Bytes; 4], a: &[i8; 16], range: Range, scale: Ints) -> Ints {
+        let products = self.dot16(self.splat(0), w, a, range);
+        proven!([vmlaq_s32(acc[0], products[0], scale[0]), vmlaq_s32(acc[1], products[1], scale[1])])
+    }
+    #[inline(always)]
+    fn crumbs(self, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
+        D::crumbs(self, acc, w, a)
+    }
+    #[inline(always)]
+    fn total(self, acc: [Ints; 3], bits: usize) -> Ints {
+        if bits == 2 { D::crumbs_total(acc) } else { acc[0] }
+    }
+    #[inline(always)]
+    fn start(self, sums: &[i16; 2], bias: i32) -> Ints {
+        proven!({
+            // A factor the compiler does not know: what it would do for a power of two takes more instructions.
+            let mut factor = vdup_n_s16(-bias as i16);
+            if cfg!(not(miri)) {
+                asm!("/* {0} */", inlateout(vreg) factor, options(pure, nomem, nostack, preserves_flags));
+            }
+            let sums = vreinterpret_s16_s32(vdup_n_s32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32));
+            [vmlal_lane_s16::<1>(vmull_lane_s16::<0>(factor, sums), factor, sums); 2]
+        })
+    }
+    #[inline(always)]
+    fn weighted(self, scales: [Ints; 2], sums: &[i16; 2]) -> Ints {
+        let sums = [sums[0] as i32, sums[1] as i32];
+        zip(scales[0], scales[1], |a, b| proven!(vmlaq_n_s32(vmulq_n_s32(a, sums[0]), b, sums[1])))
+    }
+}
+
+impl<D: Dot> Eight for Neon<D> {
+    #[inline(always)]
+    fn load32(self, bytes: &[u8; 32]) -> Bytes {
+        proven!([vld1q_u8(bytes.as_ptr()), vld1q_u8(bytes[16..].as_ptr())])
+    }
+    #[inline(always)]
+    fn store(self, b: Bytes, to: &mut [u8; 32]) {
+        proven!({
+            vst1q_u8(to.as_mut_ptr(), b[0]);
+            vst1q_u8(to[16..].as_mut_ptr(), b[1]);
+        });
+    }
+    #[inline(always)]
+    fn load_nibbles(self, bytes: &[u8; 16]) -> Bytes {
+        proven!(nibbles(vld1q_u8(bytes.as_ptr())))
+    }
+    #[inline(always)]
+    fn bits(self, bits: [u8; 4], value: u8) -> Bytes {
+        proven!({
+            // Byte i/8 in every byte, then its bit i%8.
+            let zeros = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
+            let bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
+            let bytes = vreinterpretq_u8_u32(vdupq_n_u32(u32::from_le_bytes(bits)));
+            let value = vdupq_n_u8(value);
+            [
+                vandq_u8(vtstq_u8(vqtbl1q_u8(bytes, zeros), bit), value),
+                vandq_u8(vtstq_u8(vqtbl1q_u8(bytes, vaddq_u8(zeros, vdupq_n_u8(2))), bit), value),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn half(self, bits: u16) -> f32 {
+        proven!(vgetq_lane_f32::<0>(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits)))))
+    }
+
+    #[inline(always)]
+    fn across(self, w: [Bytes; 8], a: &[i8; 32], range: Range) -> [Ints; 2] {
+        let a = activations(a);
+        [0, 1].map(|half| {
+            let row = |i: usize| D::row(w[i][half], a[half], range);
+            [add_across([row(0), row(1), row(2), row(3)]), add_across([row(4), row(5), row(6), row(7)])]
+        })
+    }
+    #[inline(always)]
+    fn nibbles_across(self, rows: [&[u8; 16]; 8], a: &[i8; 32]) -> Ints {
+        let a = activations(a);
+        let load = |i: usize| proven!(vld1q_u8(rows[i].as_ptr()));
+        [D::nibbles([load(0), load(1), load(2), load(3)], a), D::nibbles([load(4), load(5), load(6), load(7)], a)]
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Bytes; 8]) -> [Bytes; 8] {
+        // Columns 0..4 and 4..8 of rows 0..4, then of rows 4..8.
+        let part = |from: usize, half: usize| four_columns(each4(|i| rows[from + i][half]));
+        let (low, high) = ([part(0, 0), part(4, 0)], [part(0, 1), part(4, 1)]);
+        [0, 1, 2, 3, 4, 5, 6, 7].map(|v| {
+            let from = if v < 4 { low } else { high };
+            [from[0][v % 4], from[1][v % 4]]
+        })
+    }
+}
+
+// Pieces the files of this architecture share. They are called where the instructions are proven to be there.
+
+/// Asks for a line, counted from [`AHEAD`] beyond `at`. An offset within the instruction spares one that adds.
+#[inline(always)]
+fn prefetch_line(at: *const u8, line: usize) {
+    macro_rules! line {
+        ($($n:literal)*) => {
+            match line {
+                // SAFETY: a prefetch reads nothing, and never faults.
+                $($n => unsafe {
+                    asm!("prfm pldl1keep, [{0}, {1}]", in(reg) at, const AHEAD + 64 * $n,
+                        options(nostack, readonly, preserves_flags))
+                },)*
+                _ => prefetch_line(at.wrapping_add(64 * line), 0),
+            }
+        };
+    }
+    if cfg!(not(miri)) {
+        line!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17);
+    }
+}
+
+/// f(0), f(1), f(2), f(3).
+#[inline(always)]
+pub(crate) fn each4<T>(f: impl Fn(usize) -> T) -> [T; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
+/// 32 activations.
+#[inline(always)]
+fn activations(a: &[i8; 32]) -> [int8x16_t; 2] {
+    let (first, second) = halves(a);
+    [load_i8(first), load_i8(second)]
+}
+
+/// 16 activations.
+#[inline(always)]
+pub(crate) fn load_i8(a: &[i8; 16]) -> int8x16_t {
+    proven!(vld1q_s8(a.as_ptr()))
+}
+
+/// Low nibbles, then high nibbles.
+#[inline(always)]
+pub(crate) fn nibbles(b: uint8x16_t) -> Bytes {
+    proven!([vandq_u8(b, vdupq_n_u8(15)), vshrq_n_u8::<4>(b)])
+}
+
+/// Eight halves as f32.
+#[inline(always)]
+fn from_halves(h: uint8x16_t) -> [float32x4_t; 2] {
+    proven!({
+        let h = vreinterpretq_f16_u8(h);
+        [vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)]
+    })
+}
+
+/// Eight i16 to eight i32.
+#[inline(always)]
+fn widen(v: int16x8_t) -> Ints {
+    proven!([vmovl_s16(vget_low_s16(v)), vmovl_high_s16(v)])
+}
+
+/// The sum of the lanes of each of four vectors.
+#[inline(always)]
+pub(crate) fn add_across(v: [int32x4_t; 4]) -> int32x4_t {
+    proven!(vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])))
+}
+
+/// Four vectors of four dwords, rows to columns.
+#[inline(always)]
+fn four_columns(rows: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+    proven!({
+        let r = rows.map(|row| vreinterpretq_u32_u8(row));
+        // Columns 0 and 2, and 1 and 3, of two rows.
+        let top = [vreinterpretq_u64_u32(vtrn1q_u32(r[0], r[1])), vreinterpretq_u64_u32(vtrn2q_u32(r[0], r[1]))];
+        let bottom = [vreinterpretq_u64_u32(vtrn1q_u32(r[2], r[3])), vreinterpretq_u64_u32(vtrn2q_u32(r[2], r[3]))];
+        [
+            vreinterpretq_u8_u64(vtrn1q_u64(top[0], bottom[0])),
+            vreinterpretq_u8_u64(vtrn1q_u64(top[1], bottom[1])),
+            vreinterpretq_u8_u64(vtrn2q_u64(top[0], bottom[0])),
+            vreinterpretq_u8_u64(vtrn2q_u64(top[1], bottom[1])),
+        ]
+    })
+}
+
+/// Dot products by `smull` and `smlal`.
+#[derive(Clone, Copy)]
+pub(crate) struct Mull;
+
+/// How many products of weights and activations can be added in 16 bits.
+#[inline(always)]
+const fn fit(range: Range) -> usize {
+    let largest = match range {
+        Range::Unsigned(span) => span * 128,
+        Range::Signed => 128 * 127,
+        Range::Full => 128 * 128,
+    };
+    (i16::MAX as i32 / largest) as usize
+}
+
+/// Sums of products in 16 bits, of which pairs belong together, and what has been moved on to 32 bits.
+#[derive(Clone, Copy)]
+struct Sums {
+    narrow: int16x8_t,
+    wide: Option<int32x4_t>,
+}
+
+impl Sums {
+    /// The first product: the low half of the vectors.
+    #[inline(always)]
+    fn low(w: int8x16_t, a: int8x16_t) -> Sums {
+        Sums { narrow: proven!(vmull_s8(vget_low_s8(w), vget_low_s8(a))), wide: None }
+    }
+    /// The same of the high half.
+    #[inline(always)]
+    fn high(w: int8x16_t, a: int8x16_t) -> Sums {
+        Sums { narrow: proven!(vmull_high_s8(w, a)), wide: None }
+    }
+    /// Another product on top, into 16 bits if there is room.
+    #[inline(always)]
+    fn add(self, next: Sums, room: bool, same: impl FnOnce(int16x8_t) -> int16x8_t) -> Sums {
+        if room { Sums { narrow: same(self.narrow), ..self } } else { Sums { wide: Some(self.widen()), ..next } }
+    }
+    /// All of it in 32 bits.
+    #[inline(always)]
+    fn widen(self) -> int32x4_t {
+        proven!(match self.wide {
+            Some(wide) => pair_add(wide, self.narrow),
+            None => pairs(self.narrow),
+        })
+    }
+}
+
+/// Sums of pairs, in 32 bits.
+#[inline(always)]
+fn pairs(v: int16x8_t) -> int32x4_t {
+    // Miri knows no saddlp.
+    proven!(if cfg!(miri) { pair_add(vdupq_n_s32(0), v) } else { vpaddlq_s16(v) })
+}
+
+/// `acc` plus sums of pairs.
+#[inline(always)]
+fn pair_add(acc: int32x4_t, v: int16x8_t) -> int32x4_t {
+    proven!(if cfg!(miri) {
+        vaddq_s32(acc, vpaddq_s32(vmovl_s16(vget_low_s16(v)), vmovl_high_s16(v)))
+    } else {
+        vpadalq_s16(acc, v)
+    })
+}
+
+/// Activations 4v..4v+4 in every lane.
+#[inline(always)]
+fn four(a: &[i8], v: usize) -> int8x16_t {
+    let [a, b, c, d] = a.as_chunks::<4>().0[v];
+    proven!(vreinterpretq_s8_s32(vdupq_n_s32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))))
+}
+
+impl Dot for Mull {
+    const ISA: Isa = Isa::Neon;
+
+    #[inline(always)]
+    fn new() -> Option<Mull> {
+        Some(Mull)
+    }
+
+    #[inline(always)]
+    fn enter<B: Block>(s: Neon<Mull>, product: Product<B>) {
+        product.run(s);
+    }
+
+    #[inline(always)]
+    fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8], range: Range) -> Ints {
+        let fit = fit(range);
+        [0, 1].map(|rows| {
+            let weights = |v: usize| proven!(vreinterpretq_s8_u8(w[v][rows]));
+            let (mut low, mut high) = (Sums::low(weights(0), four(a, 0)), Sums::high(weights(0), four(a, 0)));
+            for v in 1..N {
+                let (w, a, room) = (weights(v), four(a, v), v % fit != 0);
+                low = low.add(Sums::low(w, a), room, |sum| proven!(vmlal_s8(sum, vget_low_s8(w), vget_low_s8(a))));
+                high = high.add(Sums::high(w, a), room, |sum| proven!(vmlal_high_s8(sum, w, a)));
+            }
+            if 2 * N <= fit {
+                pair_add(acc[rows], proven!(vpaddq_s16(low.narrow, high.narrow)))
+            } else {
+                proven!(vaddq_s32(acc[rows], vpaddq_s32(low.widen(), high.widen())))
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn crumbs(s: Neon<Mull>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
+        let codes = each8(|v| s.field(w[v / 4], 2 * (v % 4), 3));
+        [s.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
+    }
+    #[inline(always)]
+    fn crumbs_total(acc: [Ints; 3]) -> Ints {
+        acc[0]
+    }
+
+    #[inline(always)]
+    fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t {
+        let w = proven!(vreinterpretq_s8_u8(w));
+        let sums = Sums::low(w, a);
+        sums.add(Sums::high(w, a), fit(range) > 1, |sum| proven!(vmlal_high_s8(sum, w, a))).widen()
+    }
+
+    #[inline(always)]
+    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
+        // |sum of four products| ≤ 4·15·128 = 7 680, so two levels of additions across still fit in 16 bits: 30 720.
+        let row = |q: uint8x16_t| {
+            proven!({
+                let [low, high] = nibbles(q).map(|q| vreinterpretq_s8_u8(q));
+                let sum = vmull_s8(vget_low_s8(low), vget_low_s8(a[0]));
+                let sum = vmlal_high_s8(sum, low, a[0]);
+                vmlal_high_s8(vmlal_s8(sum, vget_low_s8(high), vget_low_s8(a[1])), high, a[1])
+            })
+        };
+        let [a, b, c, d] = rows.map(row);
+        pairs(proven!(vpaddq_s16(vpaddq_s16(a, b), vpaddq_s16(c, d))))
+    }
+}
+
+/// The instructions `vec.rs` asks for by name.
+pub(crate) struct Halves;
+
+impl crate::vec::Native for Halves {
+    #[inline(always)]
+    fn load(h: &[u16; 8]) -> [f32; 8] {
+        proven!({
+            let h = vreinterpretq_f16_u16(vld1q_u16(h.as_ptr()));
+            let mut out = [0.0; 8];
+            vst1q_f32(out.as_mut_ptr(), vcvt_f32_f16(vget_low_f16(h)));
+            vst1q_f32(out[4..].as_mut_ptr(), vcvt_high_f32_f16(h));
+            out
+        })
+    }
+
+    #[inline(always)]
+    fn store(x: &[f32; 8]) -> [u16; 8] {
+        proven!({
+            let limit = vdupq_n_f32(crate::half::F16_MAX);
+            // With NaN, min and max return NaN.
+            let clamp = |x| vmaxq_f32(vminq_f32(x, limit), vnegq_f32(limit));
+            let low = vcvt_f16_f32(clamp(vld1q_f32(x.as_ptr())));
+            let mut out = [0; 8];
+            vst1q_u16(
+                out.as_mut_ptr(),
+                vreinterpretq_u16_f16(vcvt_high_f16_f32(low, clamp(vld1q_f32(x[4..].as_ptr())))),
+            );
+            out
+        })
+    }
+
+    #[inline(always)]
+    fn tree(lanes: [f32; LANES]) -> f32 {
+        proven!({
+            let v: [float32x4_t; 8] = each8(|i| vld1q_f32(lanes[4 * i..].as_ptr()));
+            let v = each4(|i| vaddq_f32(v[i], v[i + 4]));
+            let v = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
+            let v = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+            vget_lane_f32::<0>(v) + vget_lane_f32::<1>(v)
+        })
+    }
+}
+
+/// f(0), f(1), ..., f(7).
+#[inline(always)]
+fn each8<T>(f: impl Fn(usize) -> T) -> [T; 8] {
+    [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)]
+}
