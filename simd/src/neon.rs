@@ -329,26 +329,44 @@ impl<D: Dot> Eight for Neon<D> {
     #[inline(always)]
     fn across(self, w: [Bytes; 8], a: &[i8; 32], range: Range) -> [Ints; 2] {
         let a = activations(a);
-        [0, 1].map(|half| {
-            let row = |i: usize| D::row(w[i][half], a[half], range);
-            [add_across([row(0), row(1), row(2), row(3)]), add_across([row(4), row(5), row(6), row(7)])]
-        })
+        let mut sums = [self.splat(0); 2];
+        for half in 0..2 {
+            for four in 0..2 {
+                let mut rows = [proven!(vdupq_n_s32(0)); 4];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    *row = D::row(w[4 * four + i][half], a[half], range);
+                }
+                sums[half][four] = add_across(rows);
+            }
+        }
+        sums
     }
     #[inline(always)]
     fn nibbles_across(self, rows: [&[u8; 16]; 8], a: &[i8; 32]) -> Ints {
         let a = activations(a);
-        let load = |i: usize| proven!(vld1q_u8(rows[i].as_ptr()));
-        [D::nibbles([load(0), load(1), load(2), load(3)], a), D::nibbles([load(4), load(5), load(6), load(7)], a)]
+        let mut sums = self.splat(0);
+        for (four, sum) in sums.iter_mut().enumerate() {
+            let mut q = [proven!(vdupq_n_u8(0)); 4];
+            for (i, q) in q.iter_mut().enumerate() {
+                *q = proven!(vld1q_u8(rows[4 * four + i].as_ptr()));
+            }
+            *sum = D::nibbles(q, a);
+        }
+        sums
     }
     #[inline(always)]
     fn transpose(self, rows: [Bytes; 8]) -> [Bytes; 8] {
-        // Columns 0..4 and 4..8 of rows 0..4, then of rows 4..8.
-        let part = |from: usize, half: usize| four_columns(each4(|i| rows[from + i][half]));
-        let (low, high) = ([part(0, 0), part(4, 0)], [part(0, 1), part(4, 1)]);
-        [0, 1, 2, 3, 4, 5, 6, 7].map(|v| {
-            let from = if v < 4 { low } else { high };
-            [from[0][v % 4], from[1][v % 4]]
-        })
+        let mut columns = rows;
+        for half in 0..2 {
+            for four in 0..2 {
+                let from = 4 * four;
+                let rows = [rows[from][half], rows[from + 1][half], rows[from + 2][half], rows[from + 3][half]];
+                for (v, column) in four_columns(rows).into_iter().enumerate() {
+                    columns[4 * half + v][four] = column;
+                }
+            }
+        }
+        columns
     }
 }
 
@@ -372,12 +390,6 @@ fn prefetch_line(at: *const u8, line: usize) {
     if cfg!(not(miri)) {
         line!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17);
     }
-}
-
-/// f(0), f(1), f(2), f(3).
-#[inline(always)]
-pub(crate) fn each4<T>(f: impl Fn(usize) -> T) -> [T; 4] {
-    [f(0), f(1), f(2), f(3)]
 }
 
 /// 32 activations.
@@ -424,7 +436,10 @@ pub(crate) fn add_across(v: [int32x4_t; 4]) -> int32x4_t {
 #[inline(always)]
 fn four_columns(rows: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
     proven!({
-        let r = rows.map(|row| vreinterpretq_u32_u8(row));
+        let mut r = [vdupq_n_u32(0); 4];
+        for (r, row) in r.iter_mut().zip(rows) {
+            *r = vreinterpretq_u32_u8(row);
+        }
         // Columns 0 and 2, and 1 and 3, of two rows.
         let top = [vreinterpretq_u64_u32(vtrn1q_u32(r[0], r[1])), vreinterpretq_u64_u32(vtrn2q_u32(r[0], r[1]))];
         let bottom = [vreinterpretq_u64_u32(vtrn1q_u32(r[2], r[3])), vreinterpretq_u64_u32(vtrn2q_u32(r[2], r[3]))];
@@ -470,10 +485,20 @@ impl Sums {
     fn high(w: int8x16_t, a: int8x16_t) -> Sums {
         Sums { narrow: proven!(vmull_high_s8(w, a)), wide: None }
     }
-    /// Another product on top, into 16 bits if there is room.
+    /// Another product into the same 16 bits, of the low half.
     #[inline(always)]
-    fn add(self, next: Sums, room: bool, same: impl FnOnce(int16x8_t) -> int16x8_t) -> Sums {
-        if room { Sums { narrow: same(self.narrow), ..self } } else { Sums { wide: Some(self.widen()), ..next } }
+    fn plus_low(self, w: int8x16_t, a: int8x16_t) -> Sums {
+        Sums { narrow: proven!(vmlal_s8(self.narrow, vget_low_s8(w), vget_low_s8(a))), ..self }
+    }
+    /// The same of the high half.
+    #[inline(always)]
+    fn plus_high(self, w: int8x16_t, a: int8x16_t) -> Sums {
+        Sums { narrow: proven!(vmlal_high_s8(self.narrow, w, a)), ..self }
+    }
+    /// Another product where there is no more room in 16 bits.
+    #[inline(always)]
+    fn then(self, next: Sums) -> Sums {
+        Sums { wide: Some(self.widen()), ..next }
     }
     /// All of it in 32 bits.
     #[inline(always)]
@@ -524,26 +549,33 @@ impl Dot for Mull {
 
     #[inline(always)]
     fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8], range: Range) -> Ints {
-        let fit = fit(range);
-        [0, 1].map(|rows| {
-            let weights = |v: usize| proven!(vreinterpretq_s8_u8(w[v][rows]));
-            let (mut low, mut high) = (Sums::low(weights(0), four(a, 0)), Sums::high(weights(0), four(a, 0)));
+        let (mut acc, fit) = (acc, fit(range));
+        for (rows, acc) in acc.iter_mut().enumerate() {
+            let first = proven!(vreinterpretq_s8_u8(w[0][rows]));
+            let (mut low, mut high) = (Sums::low(first, four(a, 0)), Sums::high(first, four(a, 0)));
             for v in 1..N {
-                let (w, a, room) = (weights(v), four(a, v), v % fit != 0);
-                low = low.add(Sums::low(w, a), room, |sum| proven!(vmlal_s8(sum, vget_low_s8(w), vget_low_s8(a))));
-                high = high.add(Sums::high(w, a), room, |sum| proven!(vmlal_high_s8(sum, w, a)));
+                let (w, a) = (proven!(vreinterpretq_s8_u8(w[v][rows])), four(a, v));
+                if v % fit == 0 {
+                    (low, high) = (low.then(Sums::low(w, a)), high.then(Sums::high(w, a)));
+                } else {
+                    (low, high) = (low.plus_low(w, a), high.plus_high(w, a));
+                }
             }
-            if 2 * N <= fit {
-                pair_add(acc[rows], proven!(vpaddq_s16(low.narrow, high.narrow)))
+            *acc = if 2 * N <= fit {
+                pair_add(*acc, proven!(vpaddq_s16(low.narrow, high.narrow)))
             } else {
-                proven!(vaddq_s32(acc[rows], vpaddq_s32(low.widen(), high.widen())))
-            }
-        })
+                proven!(vaddq_s32(*acc, vpaddq_s32(low.widen(), high.widen())))
+            };
+        }
+        acc
     }
 
     #[inline(always)]
     fn crumbs(s: Neon<Mull>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-        let codes = each8(|v| s.field(w[v / 4], 2 * (v % 4), 3));
+        let mut codes = [w[0]; 8];
+        for (v, code) in codes.iter_mut().enumerate() {
+            *code = s.field(w[v / 4], 2 * (v % 4), 3);
+        }
         [s.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
     }
     #[inline(always)]
@@ -555,22 +587,23 @@ impl Dot for Mull {
     fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t {
         let w = proven!(vreinterpretq_s8_u8(w));
         let sums = Sums::low(w, a);
-        sums.add(Sums::high(w, a), fit(range) > 1, |sum| proven!(vmlal_high_s8(sum, w, a))).widen()
+        if fit(range) > 1 { sums.plus_high(w, a).widen() } else { sums.then(Sums::high(w, a)).widen() }
     }
 
     #[inline(always)]
     fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
         // |sum of four products| ≤ 4·15·128 = 7 680, so two levels of additions across still fit in 16 bits: 30 720.
-        let row = |q: uint8x16_t| {
-            proven!({
-                let [low, high] = nibbles(q).map(|q| vreinterpretq_s8_u8(q));
+        let mut sums = [proven!(vdupq_n_s16(0)); 4];
+        for (sum, q) in sums.iter_mut().zip(rows) {
+            let [low, high] = nibbles(q);
+            *sum = proven!({
+                let (low, high) = (vreinterpretq_s8_u8(low), vreinterpretq_s8_u8(high));
                 let sum = vmull_s8(vget_low_s8(low), vget_low_s8(a[0]));
                 let sum = vmlal_high_s8(sum, low, a[0]);
                 vmlal_high_s8(vmlal_s8(sum, vget_low_s8(high), vget_low_s8(a[1])), high, a[1])
-            })
-        };
-        let [a, b, c, d] = rows.map(row);
-        pairs(proven!(vpaddq_s16(vpaddq_s16(a, b), vpaddq_s16(c, d))))
+            });
+        }
+        pairs(proven!(vpaddq_s16(vpaddq_s16(sums[0], sums[1]), vpaddq_s16(sums[2], sums[3]))))
     }
 }
 
@@ -608,17 +641,13 @@ impl crate::vec::Native for Halves {
     #[inline(always)]
     fn tree(lanes: [f32; LANES]) -> f32 {
         proven!({
-            let v: [float32x4_t; 8] = each8(|i| vld1q_f32(lanes[4 * i..].as_ptr()));
-            let v = each4(|i| vaddq_f32(v[i], v[i + 4]));
+            let mut v = [vdupq_n_f32(0.0); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = vaddq_f32(vld1q_f32(lanes[4 * i..].as_ptr()), vld1q_f32(lanes[4 * i + 16..].as_ptr()));
+            }
             let v = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
             let v = vadd_f32(vget_low_f32(v), vget_high_f32(v));
             vget_lane_f32::<0>(v) + vget_lane_f32::<1>(v)
         })
     }
-}
-
-/// f(0), f(1), ..., f(7).
-#[inline(always)]
-fn each8<T>(f: impl Fn(usize) -> T) -> [T; 8] {
-    [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)]
 }

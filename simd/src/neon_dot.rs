@@ -8,7 +8,7 @@ use std::arch::aarch64::*;
 
 use crate::Isa;
 use crate::format::Block;
-use crate::neon::{Bytes, Dot, Ints, Neon, add_across, each4, load_i8, nibbles, proven};
+use crate::neon::{Bytes, Dot, Ints, Neon, add_across, load_i8, nibbles, proven};
 use crate::wide::{Product, Range};
 
 /// Dot products by `sdot`.
@@ -70,9 +70,10 @@ pub(crate) fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8]) -> Ints {
     for (w, a) in w.as_chunks::<4>().0.iter().zip(loaded) {
         for (i, acc) in acc.iter_mut().enumerate() {
             *acc = proven!({
-                let w = each4(|v| vreinterpretq_s8_u8(w[v][i]));
-                let sum = sdot_lane::<1>(sdot_lane::<0>(*acc, w[0], a), w[1], a);
-                sdot_lane::<3>(sdot_lane::<2>(sum, w[2], a), w[3], a)
+                let sum = sdot_lane::<0>(*acc, vreinterpretq_s8_u8(w[0][i]), a);
+                let sum = sdot_lane::<1>(sum, vreinterpretq_s8_u8(w[1][i]), a);
+                let sum = sdot_lane::<2>(sum, vreinterpretq_s8_u8(w[2][i]), a);
+                sdot_lane::<3>(sum, vreinterpretq_s8_u8(w[3][i]), a)
             });
         }
     }
@@ -94,10 +95,9 @@ pub(crate) fn crumbs(acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
         let a = load_i8(a);
         for i in 0..2 {
             proven!({
-                let masked = |mask: u8| vreinterpretq_s8_u8(vandq_u8(w[i], vdupq_n_u8(mask)));
-                acc[0][i] = sdot_lane::<0>(acc[0][i], masked(0x03), a);
-                acc[1][i] = sdot_lane::<1>(acc[1][i], masked(0x0c), a);
-                acc[2][i] = sdot_lane::<2>(acc[2][i], masked(0x30), a);
+                acc[0][i] = sdot_lane::<0>(acc[0][i], masked(w[i], 0x03), a);
+                acc[1][i] = sdot_lane::<1>(acc[1][i], masked(w[i], 0x0c), a);
+                acc[2][i] = sdot_lane::<2>(acc[2][i], masked(w[i], 0x30), a);
                 acc[0][i] = sdot_lane::<3>(acc[0][i], vreinterpretq_s8_u8(vshrq_n_u8::<6>(w[i])), a);
             });
         }
@@ -105,10 +105,20 @@ pub(crate) fn crumbs(acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
     acc
 }
 
+/// `w & mask` in every byte.
+#[inline(always)]
+fn masked(w: uint8x16_t, mask: u8) -> int8x16_t {
+    proven!(vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(mask))))
+}
+
 /// The sum of products that [`crumbs`] has added up. The shifts are exact.
 #[inline(always)]
 pub(crate) fn crumbs_total(acc: [Ints; 3]) -> Ints {
-    [0, 1].map(|i| proven!(vaddq_s32(acc[0][i], vaddq_s32(vshrq_n_s32::<2>(acc[1][i]), vshrq_n_s32::<4>(acc[2][i])))))
+    let mut sums = acc[0];
+    for (i, sum) in sums.iter_mut().enumerate() {
+        *sum = proven!(vaddq_s32(*sum, vaddq_s32(vshrq_n_s32::<2>(acc[1][i]), vshrq_n_s32::<4>(acc[2][i]))));
+    }
+    sums
 }
 
 impl Dot for Sdot {
@@ -149,11 +159,11 @@ impl Dot for Sdot {
 
     #[inline(always)]
     fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
-        add_across(rows.map(|q| {
-            proven!({
-                let [low, high] = nibbles(q).map(|q| vreinterpretq_s8_u8(q));
-                sdot(sdot(vdupq_n_s32(0), low, a[0]), high, a[1])
-            })
-        }))
+        let mut sums = [proven!(vdupq_n_s32(0)); 4];
+        for (sum, q) in sums.iter_mut().zip(rows) {
+            let [low, high] = nibbles(q);
+            *sum = proven!(sdot(sdot(*sum, vreinterpretq_s8_u8(low), a[0]), vreinterpretq_s8_u8(high), a[1]));
+        }
+        add_across(sums)
     }
 }
