@@ -59,7 +59,6 @@ impl<D: Dot> Simd for Ymm<D> {
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
-    const STREAMS: usize = 8;
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]

@@ -336,9 +336,12 @@ impl<S: Simd> Panel<S> {
             for g in 0..per_load.min(n - k) {
                 let out = &mut self.q[8 * Self::GROUPS * (k + g)..][..8 * Self::GROUPS];
                 let fields = const { 8 / bits::<B>() };
-                for v in 0..8 {
+                let mut codes = [s.splat_u8(0); 8];
+                for (v, code) in codes.iter_mut().enumerate() {
                     let word = words[(8 * g + v) / fields];
-                    let code = s.field(word, bits::<B>() * (v % fields), mask::<B>());
+                    *code = s.field(word, bits::<B>() * (v % fields), mask::<B>());
+                }
+                for (v, code) in s.panel(codes).into_iter().enumerate() {
                     s.store(code, &mut out[v * Self::GROUPS + half]);
                 }
             }
@@ -360,9 +363,11 @@ impl<S: Simd> Panel<S> {
             for (v, w) in w.iter_mut().enumerate() {
                 *w = s.load([&q[v * Self::GROUPS], &q[(v + 1) * Self::GROUPS - 1]]);
             }
-            for (acc, a) in acc.iter_mut().zip(&a) {
-                *acc = s.dot32(*acc, w, &a[k], range);
-            }
+            let mut group = [&[0; 32]; T];
+            unrolled!(i < T, {
+                group[i] = &a[i][k];
+            });
+            acc = s.panel_dot32(acc, w, group, range);
         }
         for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
             s.store_i32(acc, kept);

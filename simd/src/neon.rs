@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 use crate::Isa;
 use crate::format::Block;
 use crate::vec::LANES;
-use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves};
+use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves, unrolled};
 
 /// Evaluates intrinsics where a value of the ISA's type, or being called by a method of one, proves that the CPU has them.
 macro_rules! proven {
@@ -49,6 +49,25 @@ pub(crate) trait Dot: Copy {
     fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8], range: Range) -> Ints;
     /// The products of 16 weights of one row with 16 activations, some of them added in each lane.
     fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t;
+    /// [`Simd::panel`].
+    #[inline(always)]
+    fn panel(w: [Bytes; 8]) -> [Bytes; 8] {
+        w
+    }
+    /// [`Dot::dot`] for several tokens, of weights in the order of [`Dot::panel`].
+    #[inline(always)]
+    fn panel_dot<const N: usize, const K: usize, const T: usize>(
+        acc: [Ints; T],
+        w: [Bytes; N],
+        a: [&[i8; K]; T],
+        range: Range,
+    ) -> [Ints; T] {
+        let mut acc = acc;
+        unrolled!(t < T, {
+            acc[t] = Self::dot(acc[t], w, a[t], range);
+        });
+        acc
+    }
     /// [`Simd::crumbs`], and the sum of products behind it.
     fn crumbs(s: Neon<Self>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3];
     fn crumbs_total(acc: [Ints; 3]) -> Ints;
@@ -80,7 +99,6 @@ impl<D: Dot> Simd for Neon<D> {
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
-    const STREAMS: usize = 4;
     const CRUMB_STREAMS: usize = 2;
     const SIGNED_BIAS: i32 = 0;
 
@@ -230,7 +248,7 @@ impl<D: Dot> Simd for Neon<D> {
         if cfg!(not(miri)) {
             // SAFETY: no instruction at all.
             unsafe {
-                asm!("/* {0} {1} */", inlateout(vreg) low, inlateout(vreg) high, options(nomem, nostack, preserves_flags))
+                asm!("/* {0:v} {1:v} */", inlateout(vreg) low, inlateout(vreg) high, options(nomem, nostack, preserves_flags))
             };
         }
         [low, high]
@@ -265,6 +283,30 @@ impl<D: Dot> Simd for Neon<D> {
         proven!([vmlaq_s32(acc[0], products[0], scale[0]), vmlaq_s32(acc[1], products[1], scale[1])])
     }
     #[inline(always)]
+    fn panel(self, w: [Bytes; 8]) -> [Bytes; 8] {
+        D::panel(w)
+    }
+    #[inline(always)]
+    fn panel_dot32<const T: usize>(self, acc: [Ints; T], w: [Bytes; 8], a: [&[i8; 32]; T], range: Range) -> [Ints; T] {
+        D::panel_dot(acc, w, a, range)
+    }
+    #[inline(always)]
+    fn panel_dot16_scaled<const T: usize>(
+        self,
+        acc: [Ints; T],
+        w: [Bytes; 4],
+        a: [&[i8; 16]; T],
+        range: Range,
+        scale: Ints,
+    ) -> [Ints; T] {
+        let (mut acc, products) = (acc, D::panel_dot([self.splat(0); T], w, a, range));
+        unrolled!(t < T, {
+            acc[t] = self.add(acc[t], self.mul(products[t], scale));
+        });
+        acc
+    }
+
+    #[inline(always)]
     fn crumbs(self, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
         D::crumbs(self, acc, w, a)
     }
@@ -278,7 +320,7 @@ impl<D: Dot> Simd for Neon<D> {
             // A factor the compiler does not know: what it would do for a power of two takes more instructions.
             let mut factor = vdup_n_s16(-bias as i16);
             if cfg!(not(miri)) {
-                asm!("/* {0} */", inlateout(vreg) factor, options(pure, nomem, nostack, preserves_flags));
+                asm!("/* {0:v} */", inlateout(vreg) factor, options(pure, nomem, nostack, preserves_flags));
             }
             let sums = vreinterpret_s16_s32(vdup_n_s32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32));
             [vmlal_lane_s16::<1>(vmull_lane_s16::<0>(factor, sums), factor, sums); 2]

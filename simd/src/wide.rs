@@ -74,9 +74,7 @@ pub(crate) trait Simd: Copy {
     const ISA: Isa;
     /// 8, or 16. With 16, rows come as two groups of eight; with 8, the second group of each pair below is ignored.
     const ROWS: usize;
-    /// Groups of rows read at once in interleaved order: as many as the registers have room for.
-    const STREAMS: usize;
-    /// The same where [`Simd::crumbs`] keeps its sums.
+    /// Groups of rows of two-bit weights read at once: as many as there are registers for the sums of [`Simd::crumbs`].
     const CRUMB_STREAMS: usize = 4;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
@@ -157,6 +155,43 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn dot16_scaled(self, acc: Self::I, w: [Self::B; 4], a: &[i8; 16], range: Range, scale: Self::I) -> Self::I {
         self.add(acc, self.mul(self.dot16(self.splat(0), w, a, range), scale))
+    }
+
+    /// Puts 32 weights of each row into the order in which the many-token loops keep them.
+    #[inline(always)]
+    fn panel(self, w: [Self::B; 8]) -> [Self::B; 8] {
+        w
+    }
+    /// [`Simd::dot32`] for several tokens, of weights in the order of [`Simd::panel`].
+    #[inline(always)]
+    fn panel_dot32<const T: usize>(
+        self,
+        acc: [Self::I; T],
+        w: [Self::B; 8],
+        a: [&[i8; 32]; T],
+        range: Range,
+    ) -> [Self::I; T] {
+        let mut acc = acc;
+        unrolled!(t < T, {
+            acc[t] = self.dot32(acc[t], w, a[t], range);
+        });
+        acc
+    }
+    /// [`Simd::dot16_scaled`] likewise, of half of such weights.
+    #[inline(always)]
+    fn panel_dot16_scaled<const T: usize>(
+        self,
+        acc: [Self::I; T],
+        w: [Self::B; 4],
+        a: [&[i8; 16]; T],
+        range: Range,
+        scale: Self::I,
+    ) -> [Self::I; T] {
+        let mut acc = acc;
+        unrolled!(t < T, {
+            acc[t] = self.dot16_scaled(acc[t], w, a[t], range, scale);
+        });
+        acc
     }
 
     /// Adds the products of 32 two-bit weights of each row with 32 activations to running sums, of which only
@@ -333,24 +368,53 @@ fn step<S: Simd, B: Block>(s: S, isum: S::I, lanes: &Lanes<S>, da: f32, sums: &[
     s.fnma(s.to_f32(msum), s.mul_f32(lanes.dmin, da), acc)
 }
 
+/// What the integer sum of a group starts from: what biased weights bring too much, negative.
+#[inline(always)]
+fn start<S: Simd, B: Block>(s: S, lanes: &Lanes<S>, sums: &[i16; 2]) -> S::I {
+    let bias = range::<S, B>().1;
+    if bias == 0 {
+        s.splat(0)
+    } else if const { unpack::sub_scales(B::FORMAT) } {
+        s.weighted([s.mul(lanes.s[0], s.splat(-bias)), s.mul(lanes.s[1], s.splat(-bias))], sums)
+    } else {
+        s.start(sums, bias)
+    }
+}
+
 /// The integer sum of a group whose weights are four of each row to a vector.
 #[inline(always)]
 fn sum<S: Simd, B: Block>(s: S, w: [S::B; 8], lanes: &Lanes<S>, a: &[i8; 32], sums: &[i16; 2]) -> S::I {
-    let (range, bias) = range::<S, B>();
-    let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+    let (range, start) = (range::<S, B>().0, start::<S, B>(s, lanes, sums));
     if !const { unpack::sub_scales(B::FORMAT) } {
-        let start = if bias > 0 { s.start(sums, bias) } else { s.splat(0) };
         return s.dot32(start, w, a, range);
     }
-    let (a_first, a_second) = halves(a);
-    let start = if bias > 0 {
-        let biased = [s.mul(lanes.s[0], s.splat(-bias)), s.mul(lanes.s[1], s.splat(-bias))];
-        s.weighted(biased, sums)
-    } else {
-        s.splat(0)
-    };
-    let isum = s.dot16_scaled(start, first, a_first, range, lanes.s[0]);
-    s.dot16_scaled(isum, second, a_second, range, lanes.s[1])
+    let (first, second) = halves(a);
+    let isum = s.dot16_scaled(start, [w[0], w[1], w[2], w[3]], first, range, lanes.s[0]);
+    s.dot16_scaled(isum, [w[4], w[5], w[6], w[7]], second, range, lanes.s[1])
+}
+
+/// The same of several tokens, with weights in the order of [`Simd::panel`].
+#[inline(always)]
+fn panel_sum<S: Simd, B: Block, const T: usize>(
+    s: S,
+    w: [S::B; 8],
+    lanes: &Lanes<S>,
+    a: [&[i8; 32]; T],
+    sums: [&[i16; 2]; T],
+) -> [S::I; T] {
+    let (range, mut isum) = (range::<S, B>().0, [s.splat(0); T]);
+    unrolled!(t < T, {
+        isum[t] = start::<S, B>(s, lanes, sums[t]);
+    });
+    if !const { unpack::sub_scales(B::FORMAT) } {
+        return s.panel_dot32(isum, w, a, range);
+    }
+    let (mut first, mut second) = ([halves(a[0]).0; T], [halves(a[0]).1; T]);
+    unrolled!(t < T, {
+        (first[t], second[t]) = halves(a[t]);
+    });
+    let isum = s.panel_dot16_scaled(isum, [w[0], w[1], w[2], w[3]], first, range, lanes.s[0]);
+    s.panel_dot16_scaled(isum, [w[4], w[5], w[6], w[7]], second, range, lanes.s[1])
 }
 
 // Few tokens, GGUF order.
@@ -433,7 +497,7 @@ fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
 fn interleaved<S: Simd, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     let rows = w.len() / row_bytes;
     // Blocks of many groups keep many vectors alive: fewer streams.
-    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { S::STREAMS } };
+    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 32 / S::ROWS } };
     let each = rows / (streams * S::ROWS) * S::ROWS;
     let mut done = streams * each;
     match streams {
@@ -653,7 +717,7 @@ impl<S: Simd> Panel<S> {
                     *codes = unpack::codes::<S::Eight, B, _>(s, Row(block.row(i)), g);
                 }
                 let out = &mut self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
-                for (v, codes) in s.transpose(codes).into_iter().enumerate() {
+                for (v, codes) in s.panel(s.transpose(codes)).into_iter().enumerate() {
                     s.store(codes, &mut out[v * Self::GROUPS + half]);
                 }
                 for i in 0..n_rows {
@@ -678,8 +742,11 @@ impl<S: Simd> Panel<S> {
             for g in 0..per_block {
                 let k = b * per_block + g;
                 let out = &mut self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
-                for v in 0..8 {
-                    let codes = unpack::codes::<S::Eight, B, _>(s, block.at(v), g);
+                let mut codes = [s.splat_u8(0); 8];
+                for (v, codes) in codes.iter_mut().enumerate() {
+                    *codes = unpack::codes::<S::Eight, B, _>(s, block.at(v), g);
+                }
+                for (v, codes) in s.panel(codes).into_iter().enumerate() {
                     s.store(codes, &mut out[v * Self::GROUPS + half]);
                 }
                 let lanes = unpack::lanes::<S::Eight, B, _>(s, &block, &common, g);
@@ -720,11 +787,14 @@ impl<S: Simd> Panel<S> {
                 s: [s.load_i32(&self.s[k][0]), s.load_i32(&self.s[k][1])],
                 m: [s.load_i32(&self.m[k][0]), s.load_i32(&self.m[k][1])],
             };
-            for i in 0..T {
-                let (a, da, sums) = tokens[i].group(k);
-                let isum = sum::<S, B>(s, w, &lanes, a, sums);
-                acc[i] = step::<S, B>(s, isum, &lanes, da, sums, acc[i]);
-            }
+            let (mut a, mut da, mut sums) = ([&[0; 32]; T], [0.0; T], [&[0; 2]; T]);
+            unrolled!(i < T, {
+                (a[i], da[i], sums[i]) = tokens[i].group(k);
+            });
+            let isum = panel_sum::<S, B, T>(s, w, &lanes, a, sums);
+            unrolled!(i < T, {
+                acc[i] = step::<S, B>(s, isum[i], &lanes, da[i], sums[i], acc[i]);
+            });
         }
         for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
             s.store_f32(acc, kept);
