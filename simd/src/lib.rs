@@ -107,7 +107,7 @@ impl Isa {
     /// registers.
     pub fn features(self) -> &'static [Feature] {
         match self {
-Isa::Scalar => &[],
+            Isa::Scalar => &[],
             Isa::Avx2 => features!("x86_64" is_x86_feature_detected "avx2" "fma" "f16c"),
             Isa::Neon => features!("aarch64" is_aarch64_feature_detected "neon"),
             Isa::NeonDot => features!("aarch64" is_aarch64_feature_detected "neon" "dotprod"),
