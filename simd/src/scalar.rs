@@ -14,6 +14,9 @@ use crate::format::{Block, Group};
 use crate::vec::{Ops, ops};
 use crate::{Acts, Format, Isa, Kernel, Layout, Rows, Tile, interleave};
 
+/// From this many tokens on, float kernels widen a row first.
+const MANY: usize = 4;
+
 /// Checks what every kernel relies on, and returns the bytes of a row of weights.
 ///
 /// # Panics
@@ -137,7 +140,8 @@ impl<S, B: Block> Kernel for Groups<S, B> {
     }
 }
 
-/// The kernel of a float format on an ISA: the dot products of `vec.rs`, row by row.
+/// The kernel of a float format on an ISA: the dot products of `vec.rs`, row by row. With many tokens, a row is widened
+/// to f32 once and two tokens share its loads; the sums are the same.
 pub(crate) struct Floats {
     pub name: &'static str,
     pub format: Format,
@@ -161,10 +165,27 @@ impl Kernel for Floats {
     fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile) {
         let (w, row_bytes) = (w.bytes, check(self.format, Layout::Gguf, &w, x, out));
         let ops = ops(self.isa);
-        for t in 0..out.tokens() {
-            let x = &x.x[t * x.cols..][..x.cols];
-            for (out, row) in out.row(t).iter_mut().zip(w.chunks_exact(row_bytes)) {
-                *out = (self.dot)(ops, row, x);
+        let token = |t: usize| &x.x[t * x.cols..][..x.cols];
+        if x.tokens < MANY {
+            for t in 0..out.tokens() {
+                for (out, row) in out.row(t).iter_mut().zip(w.chunks_exact(row_bytes)) {
+                    *out = (self.dot)(ops, row, token(t));
+                }
+            }
+            return;
+        }
+        let mut wide = vec![0.0; x.cols];
+        for (r, row) in w.chunks_exact(row_bytes).enumerate() {
+            match self.format {
+                Format::F16 => ops.widen_f16_bytes(&mut wide, row),
+                _ => self.format.unpack_row(row, &mut wide),
+            }
+            for t in (0..x.tokens - 1).step_by(2) {
+                let [first, second] = ops.dot_pair(&wide, token(t), token(t + 1));
+                (out.row(t)[r], out.row(t + 1)[r]) = (first, second);
+            }
+            if x.tokens % 2 == 1 {
+                out.row(x.tokens - 1)[r] = ops.dot(&wide, token(x.tokens - 1));
             }
         }
     }

@@ -262,12 +262,18 @@ pub type Function = (&'static str, fn(&Ops, usize, &mut Rng) -> Vec<f32>);
 /// Every function of [`Ops`].
 pub const FUNCTIONS: &[Function] = &[
     ("dot", |ops, n, rng| vec![ops.dot(&rng.values(n), &rng.values(n))]),
+    ("dot_pair", |ops, n, rng| ops.dot_pair(&rng.values(n), &rng.values(n), &rng.values(n)).to_vec()),
     ("dot_f16", |ops, n, rng| vec![ops.dot_f16(&rng.values(n), &halves(rng, n))]),
     ("dot_f32_bytes", |ops, n, rng| {
         let w: Vec<u8> = rng.values(n).iter().flat_map(|w| w.to_le_bytes()).collect();
         vec![ops.dot_f32_bytes(&w, &rng.values(n))]
     }),
     ("dot_f16_bytes", |ops, n, rng| vec![ops.dot_f16_bytes(&bytes(&halves(rng, n)), &rng.values(n))]),
+    ("widen_f16_bytes", |ops, n, rng| {
+        let mut out = vec![0.0; n];
+        ops.widen_f16_bytes(&mut out, &bytes(&halves(rng, n)));
+        out
+    }),
     ("dot_bf16_bytes", |ops, n, rng| vec![ops.dot_bf16_bytes(&bytes(&halves(rng, n)), &rng.values(n))]),
     ("rms_norm", |ops, n, rng| {
         let (x, mut with, mut without) = (rng.values(n), vec![0.0; n], vec![0.0; n]);

@@ -127,6 +127,26 @@ mod body {
     }
 
     #[inline(always)]
+    pub fn dot_pair<H: Native>(w: &[f32], a: &[f32], b: &[f32]) -> [f32; 2] {
+        assert!(w.len() == a.len() && w.len() == b.len());
+        let mut lanes = [[0.0; LANES]; 2];
+        let (w, w_tail) = w.as_chunks::<LANES>();
+        let (a, a_tail) = a.as_chunks::<LANES>();
+        let (b, b_tail) = b.as_chunks::<LANES>();
+        for ((w, a), b) in w.iter().zip(a).zip(b) {
+            for l in 0..LANES {
+                lanes[0][l] = w[l].mul_add(a[l], lanes[0][l]);
+                lanes[1][l] = w[l].mul_add(b[l], lanes[1][l]);
+            }
+        }
+        for (l, ((w, a), b)) in w_tail.iter().zip(a_tail).zip(b_tail).enumerate() {
+            lanes[0][l] = w.mul_add(*a, lanes[0][l]);
+            lanes[1][l] = w.mul_add(*b, lanes[1][l]);
+        }
+        [H::tree(lanes[0]), H::tree(lanes[1])]
+    }
+
+    #[inline(always)]
     pub fn dot_f16<H: Native>(q: &[f32], k: &[u16]) -> f32 {
         let mut lanes = [0.0; LANES];
         assert_eq!(q.len(), k.len());
@@ -344,6 +364,20 @@ mod body {
     }
 
     #[inline(always)]
+    pub fn widen_f16_bytes<H: Native>(out: &mut [f32], w: &[u8]) {
+        let (w, rest) = w.as_chunks::<2>();
+        assert!(rest.is_empty() && w.len() == out.len());
+        let (w, w_tail) = w.as_chunks::<8>();
+        let (out, out_tail) = out.as_chunks_mut::<8>();
+        for (out, w) in out.iter_mut().zip(w) {
+            *out = H::load(&each(|l| u16::from_le_bytes(w[l])));
+        }
+        for (out, w) in out_tail.iter_mut().zip(w_tail) {
+            *out = f16_to_f32(u16::from_le_bytes(*w));
+        }
+    }
+
+    #[inline(always)]
     pub fn dot_bf16_bytes<H: Native>(w: &[u8], x: &[f32]) -> f32 {
         dot_bytes::<H, _>(w, x, |b| bf16_to_f32(u16::from_le_bytes(b)))
     }
@@ -437,12 +471,16 @@ macro_rules! functions {
         $then! { $($first)*
             /// Σ a·b. In every dot product and sum, element i goes to lane i % 32.
             fn dot(a: &[f32], b: &[f32]) -> f32;
+            /// Two dot products that share a side: Σ w·a and Σ w·b.
+            fn dot_pair(w: &[f32], a: &[f32], b: &[f32]) -> [f32; 2];
             /// Σ q·k with `k` as bits of IEEE halves.
             fn dot_f16(q: &[f32], k: &[u16]) -> f32;
             /// Σ w·x with `w` as little-endian f32, unaligned.
             fn dot_f32_bytes(w: &[u8], x: &[f32]) -> f32;
             /// Σ w·x with `w` as little-endian halves, unaligned.
             fn dot_f16_bytes(w: &[u8], x: &[f32]) -> f32;
+            /// out = w with `w` as little-endian halves, unaligned.
+            fn widen_f16_bytes(out: &mut [f32], w: &[u8]);
             /// Σ w·x with `w` as little-endian bfloat16, unaligned.
             fn dot_bf16_bytes(w: &[u8], x: &[f32]) -> f32;
             /// out = (x·r)·weight with r = 1/√(mean x² + eps); without a weight, x·r.
