@@ -1,10 +1,16 @@
-//! Speed of every kernel this CPU can run, in weights a second: one token (decode) and 64 tokens (prompt), with
-//! weights that stay in the second-level cache. `cargo bench -p gemrun-simd --bench kernels -- q4_0` picks some.
+//! Speed of every kernel this CPU can run, beside what the CPU could do at best. Pick some by name:
+//! `cargo bench -p gemrun-simd --bench kernels -- 'memory.*q4_0'`.
+//!
+//! *cache*: one token and 64 tokens, weights that stay in the second-level cache, in weights times tokens a second.
+//! *prompt*: 64 tokens, a matrix of 12288 rows of 1536, in multiply-adds a second; `peak` is the ISA's int8 arithmetic in
+//! registers. *memory*: one token, 256 MB of weights, in bytes a second, on one and on two threads; `read` is the same
+//! buffer read and nothing else. Criterion measures one after another: on a busy machine repeat, and compare ratios.
 
 use std::time::Duration;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gemrun_simd::{ActsBuf, Isa, KERNELS, Tile, ops};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use gemrun_simd::{Acts, ActsBuf, Format, Isa, KERNELS, Kernel, Layout, Rows, Tile, measure, ops};
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -12,29 +18,157 @@ use common::{Rng, weights};
 
 /// Columns of most matrices of the smallest model.
 const COLS: usize = 1536;
-/// Bytes of weights: more than a first-level cache, less than a second-level one.
-const BYTES: usize = 200_000;
 
-fn kernels(c: &mut Criterion) {
+/// Formats of the files people have; the others are measured in the cache only.
+const HOT: [Format; 9] = [
+    Format::Q4_0,
+    Format::Q8_0,
+    Format::Q6K,
+    Format::Q4K,
+    Format::Q5K,
+    Format::F16,
+    Format::W2C,
+    Format::W4C,
+    Format::W8C,
+];
+
+fn supported() -> impl Iterator<Item = &'static dyn Kernel> {
+    KERNELS.iter().copied().filter(|k| k.supported())
+}
+
+/// Those of [`HOT`] formats with vectors.
+fn hot() -> impl Iterator<Item = &'static dyn Kernel> {
+    supported().filter(|k| HOT.contains(&k.format()) && k.isa() != Isa::Scalar)
+}
+
+/// Rows of weights in a kernel's order of bytes, and activations for them.
+struct Product {
+    kernel: &'static dyn Kernel,
+    bytes: Vec<u8>,
+    scale: Vec<f32>,
+    x: Vec<f32>,
+    buf: ActsBuf,
+}
+
+impl Product {
+    fn new(kernel: &'static dyn Kernel, rows: usize, tokens: usize, rng: &mut Rng) -> Product {
+        let format = kernel.format();
+        // A few rows over and over: random numbers for all of them would take longer than the measurement.
+        let few = weights(format, rows.min(512), COLS, rng, Rng::byte);
+        let mut bytes = few.repeat(rows.div_ceil(512));
+        bytes.truncate(rows * format.row_bytes(COLS).expect("whole blocks"));
+        if kernel.layout() == Layout::Interleaved {
+            let eight = 8 * bytes.len() / rows;
+            let from = bytes.clone();
+            let groups = from.chunks_exact(eight).zip(bytes.chunks_exact_mut(eight));
+            groups.for_each(|(from, to)| format.interleave(from, to));
+        }
+        let scale = if format.is_channel() { vec![0.01; rows] } else { Vec::new() };
+        let x: Vec<f32> = (0..tokens * COLS).map(|_| rng.unit()).collect();
+        let mut buf = ActsBuf::default();
+        match format.is_channel() {
+            true => buf.quantize_static(ops(Isa::best()), &x, COLS, 0.01),
+            false => buf.quantize(ops(Isa::best()), &x, COLS),
+        };
+        Product { kernel, bytes, scale, x, buf }
+    }
+
+    fn acts(&self) -> Acts<'_> {
+        match self.kernel.format().is_channel() {
+            true => self.buf.acts_static(&self.x, COLS),
+            false => self.buf.acts(&self.x, COLS),
+        }
+    }
+
+    /// The product, `rows` rows at a time as the threads of a forward pass claim them.
+    fn run(&self, bytes: &[u8], rows: usize, out: &mut [f32]) {
+        let x = self.acts();
+        let row_bytes = self.kernel.format().row_bytes(COLS).expect("whole blocks");
+        for (i, bytes) in bytes.chunks(rows * row_bytes).enumerate() {
+            let scale = self.scale.get(i * rows..).map_or(&[][..], |scale| &scale[..bytes.len() / row_bytes]);
+            let rows = bytes.len() / row_bytes;
+            self.kernel.matmul(Rows { bytes, scale }, &x, &mut Tile::whole(&mut out[..x.tokens * rows], rows));
+        }
+    }
+}
+
+fn quick(group: &mut BenchmarkGroup<'_, WallTime>) {
+    group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
+}
+
+fn cache(c: &mut Criterion) {
+    /// More than a first-level cache, less than a second-level one.
+    const BYTES: usize = 200_000;
     let mut rng = Rng(1);
     for tokens in [1, 64] {
-        let mut group = c.benchmark_group(format!("{tokens} tokens"));
-        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
-        for kernel in KERNELS.iter().filter(|k| k.supported()) {
-            let rows = BYTES / kernel.format().row_bytes(COLS).expect("whole blocks") / 8 * 8;
-            let w = weights(kernel.format(), rows, COLS, &mut rng, Rng::byte);
-            let x: Vec<f32> = (0..tokens * COLS).map(|_| rng.unit()).collect();
-            let mut buf = ActsBuf::default();
-            let x = buf.quantize(ops(Isa::best()), &x, COLS);
-            let mut out = vec![0.0; tokens * rows];
-            group.throughput(Throughput::Elements((rows * COLS * tokens) as u64));
+        let mut group = c.benchmark_group(format!("cache, {tokens} tokens"));
+        quick(&mut group);
+        for kernel in supported() {
+            let rows = BYTES / kernel.format().row_bytes(COLS).expect("whole blocks") / 64 * 64;
+            let product = Product::new(kernel, rows.max(64), tokens, &mut rng);
+            let mut out = vec![0.0; tokens * rows.max(64)];
+            group.throughput(Throughput::Elements((rows.max(64) * COLS * tokens) as u64));
             group.bench_function(BenchmarkId::from_parameter(kernel.name()), |b| {
-                b.iter(|| kernel.matmul((&w[..]).into(), &x, &mut Tile::whole(&mut out, rows)));
+                b.iter(|| product.run(&product.bytes, rows.max(64), &mut out));
             });
         }
         group.finish();
     }
 }
 
-criterion_group!(benches, kernels);
+fn prompt(c: &mut Criterion) {
+    const TOKENS: usize = 64;
+    const ROWS: usize = 12_288;
+    let mut group = c.benchmark_group("prompt");
+    quick(&mut group);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+        if let Some(products) = measure::int8(isa, 100_000) {
+            group.throughput(Throughput::Elements(products));
+            group.bench_function(format!("peak/{}", isa.name()), |b| b.iter(|| measure::int8(isa, 100_000)));
+        }
+    }
+    for kernel in hot() {
+        let product = Product::new(kernel, ROWS, TOKENS, &mut Rng(2));
+        let mut out = vec![0.0; TOKENS * 512];
+        group.throughput(Throughput::Elements((ROWS * COLS * TOKENS) as u64));
+        group.bench_function(kernel.name(), |b| b.iter(|| product.run(&product.bytes, 512, &mut out)));
+    }
+    group.finish();
+}
+
+fn memory(c: &mut Criterion) {
+    const BYTES: usize = 256 << 20;
+    for threads in [1, 2] {
+        let mut group = c.benchmark_group(format!("memory, {threads} threads"));
+        quick(&mut group);
+        let lines: Vec<measure::Line> = vec![[1; 8]; BYTES / size_of::<measure::Line>()];
+        group.throughput(Throughput::Bytes(BYTES as u64));
+        group.bench_function("read", |b| {
+            b.iter(|| {
+                std::thread::scope(|s| {
+                    lines.chunks(lines.len() / threads).for_each(|lines| _ = s.spawn(|| measure::read(lines)));
+                });
+            });
+        });
+        drop(lines);
+        for kernel in hot() {
+            let row_bytes = kernel.format().row_bytes(COLS).expect("whole blocks");
+            let rows = BYTES / row_bytes / (512 * threads) * 512 * threads;
+            let product = Product::new(kernel, rows, 1, &mut Rng(3));
+            group.throughput(Throughput::Bytes(product.bytes.len() as u64));
+            group.bench_function(kernel.name(), |b| {
+                b.iter(|| {
+                    std::thread::scope(|s| {
+                        for bytes in product.bytes.chunks(product.bytes.len() / threads) {
+                            s.spawn(|| product.run(bytes, 512, &mut [0.0; 512]));
+                        }
+                    });
+                });
+            });
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, cache, prompt, memory);
 criterion_main!(benches);
