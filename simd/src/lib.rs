@@ -184,14 +184,22 @@ pub trait Kernel: Sync {
     fn matmul(&self, w: Rows, x: &Acts, out: &mut Tile);
 }
 
-/// Calls the given macro with a line for each block format: type, names of its two orders of bytes.
+/// Calls the given macro with a line for each block format people's files are made of, or for every one: type, names of
+/// its two orders of bytes. The former have kernels on every ISA, the others on the first one of an architecture.
 macro_rules! for_each_block_format {
-    ($table:ident) => {
-        $table! {
-            (Q4_0 "q4_0" "q4_0x8") (Q4_1 "q4_1") (Q5_0 "q5_0") (Q5_1 "q5_1") (Q8_0 "q8_0" "q8_0x8") (Q2K "q2_k")
-            (Q3K "q3_k") (Q4K "q4_k" "q4_kx8") (Q5K "q5_k" "q5_kx8") (Q6K "q6_k" "q6_kx8") (Iq4Nl "iq4_nl" "iq4_nlx8")
+    (hot $table:ident) => { for_each_block_format! { $table } };
+    (all $table:ident) => {
+        for_each_block_format! {
+            $table
+            (Q4_1 "q4_1") (Q5_0 "q5_0") (Q5_1 "q5_1") (Q2K "q2_k") (Q3K "q3_k") (Iq4Nl "iq4_nl" "iq4_nlx8")
             (Iq4Xs "iq4_xs") (Tq1_0 "tq1_0") (Tq2_0 "tq2_0") (Mxfp4 "mxfp4") (Q1_0 "q1_0") (Q2_0 "q2_0")
-            (W2C "w2c" "w2cx8") (W4C "w4c" "w4cx8") (W8C "w8c" "w8cx8")
+        }
+    };
+    ($table:ident $($more:tt)*) => {
+        $table! {
+            (Q4_0 "q4_0" "q4_0x8") (Q8_0 "q8_0" "q8_0x8") (Q4K "q4_k" "q4_kx8") (Q5K "q5_k" "q5_kx8")
+            (Q6K "q6_k" "q6_kx8") (W2C "w2c" "w2cx8") (W4C "w4c" "w4cx8") (W8C "w8c" "w8cx8")
+            $($more)*
         }
     };
 }
@@ -232,18 +240,18 @@ macro_rules! neon_i8mm_kernels { ($($line:tt)*) => { kernels!(NeonI8mm "neon_i8m
 /// The kernels by ISA, best first.
 const BY_ISA: &[&[&dyn Kernel]] = &[
     #[cfg(target_arch = "x86_64")]
-    for_each_block_format!(avx2_kernels),
+    for_each_block_format!(all avx2_kernels),
     #[cfg(target_arch = "x86_64")]
     floats!(Avx2, "avx2"),
     #[cfg(target_arch = "aarch64")]
-    for_each_block_format!(neon_i8mm_kernels),
+    for_each_block_format!(hot neon_i8mm_kernels),
     #[cfg(target_arch = "aarch64")]
-    for_each_block_format!(neon_dot_kernels),
+    for_each_block_format!(hot neon_dot_kernels),
     #[cfg(target_arch = "aarch64")]
-    for_each_block_format!(neon_kernels),
+    for_each_block_format!(all neon_kernels),
     #[cfg(target_arch = "aarch64")]
     floats!(Neon, "neon"),
-    for_each_block_format!(scalar_kernels),
+    for_each_block_format!(all scalar_kernels),
     floats!(Scalar, "scalar"),
 ];
 
@@ -284,7 +292,7 @@ macro_rules! unpacked {
         ];
     };
 }
-for_each_block_format!(unpacked);
+for_each_block_format!(all unpacked);
 
 /// The best kernel this CPU has for `format` in the order of GGUF files, among those not above `isa`. Every format has a
 /// scalar one.
