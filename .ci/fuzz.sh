@@ -20,7 +20,7 @@ fuzz() {
         # New inputs go to the first folder and are thrown away; the kept ones are only read.
         "target/fuzz/$host/release/$target" -max_total_time="$1" -timeout=10 -rss_limit_mb=512 -max_len=4096 \
             -print_final_stats=1 -artifact_prefix="$dir/" "$dir/$target" "tests/fuzz/corpus/$target" 2>"$dir/log" ||
-            { tail -n 60 "$dir/log"; base64 "$dir"/*-* | head -n 200; return 1; }
+            { tail -n 60 "$dir/log"; for file in "$dir"/*-*; do base64 "$file" | head -n 100; done; return 1; }
         grep -E 'DONE|stat::(number_of_executed|peak_rss)' "$dir/log"
     done
     rm -r "$dir"

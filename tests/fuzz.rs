@@ -17,8 +17,13 @@ fn drive(target: &str, run: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
     let mut kept: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     kept.sort();
-    let kept: Vec<Vec<u8>> = kept.iter().map(|path| fs::read(path).unwrap()).collect();
+    let mut kept: Vec<Vec<u8>> = kept.iter().map(|path| fs::read(path).unwrap()).collect();
     assert!(kept.len() > 3, "{} holds inputs", folder.display());
+    if cfg!(miri) {
+        // It takes seconds for what takes microseconds.
+        kept.sort_by_key(Vec::len);
+        kept.truncate(6);
+    }
     let try_out = |input: &[u8]| {
         if let Err(panic) = catch_unwind(|| run(input)) {
             println!("{target} fails on {input:02x?}");
