@@ -1,7 +1,7 @@
 # Sourced by .ci/run: Miri, which interprets the program and reports undefined behaviour where it happens.
 #   miri_ready     whether a nightly toolchain with Miri is there or can be had; its name goes to $NIGHTLY
 #   miri TESTS…    cargo miri test on x86-64, where it runs the kernels of $MIRI_X86 whatever this processor has
-# It cannot read memory maps or run inline assembly; `cfg(miri)` and the choice of tests leave those out.
+# A kernel that uses an instruction it does not know, or inline assembly, makes it fail by name.
 # shellcheck shell=bash
 
 # What Miri interprets of x86-64 beyond the baseline: AVX2, AVX-VNNI and AVX-512 kernels run on any machine.
