@@ -417,4 +417,9 @@ fn this_computer() {
     assert_eq!((&scalar["isa"], &scalar["kernels"]["Q4_0"]), (&"scalar".into(), &"q4_0/scalar".into()));
     let asked = scalar["advice"].to_string().contains("scalar was asked for, but this CPU also has");
     assert_eq!(asked, Isa::best() != Isa::Scalar, "{scalar}");
+
+    let machine = Machine::new(&[]);
+    let text = machine.run(&["--kernel", "q4_0/scalar"]);
+    let asked = text.contains("kernels    scalar: Q4_0 (asked for)");
+    assert_eq!(asked, Isa::best() != Isa::Scalar, "{text}");
 }

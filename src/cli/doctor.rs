@@ -178,8 +178,8 @@ impl Report {
         line("features", features.join(" "))?;
         let better: Vec<String> = self.better().iter().map(|(isa, why)| format!("not {}: {why}", isa.name())).collect();
         line("isa", [vec![self.choice.isa.name().to_string()], better].concat().join("; "))?;
-        for (kernels, formats) in self.by_isa() {
-            line("kernels", format!("{kernels}: {}", formats.join(" ")))?;
+        for (isa, formats) in self.by_isa() {
+            line("kernels", format!("{}: {}{}", isa.name(), formats.join(" "), self.why(isa, &formats)))?;
         }
         if let Some(memory) = &machine.memory {
             line("memory", memory_text(memory))?;
@@ -209,13 +209,22 @@ impl Report {
         advice.iter().try_for_each(|line| writeln!(out, "* {line}"))
     }
 
-    /// Formats by the instruction set of their kernel, best first; `q4_0/avx2` alone if it was asked for.
-    fn by_isa(&self) -> Vec<(&'static str, Vec<&'static str>)> {
+    /// Why formats are not computed with the instruction set in use, if they are not.
+    fn why(&self, isa: Isa, formats: &[&str]) -> String {
+        match self.choice.only {
+            _ if isa == self.choice.isa => String::new(),
+            Some(only) if formats == [only.format().name()] => " (asked for)".to_string(),
+            _ => format!(" (no kernels of these for {})", self.choice.isa.name()),
+        }
+    }
+
+    /// Formats by the instruction set of their kernel, best first.
+    fn by_isa(&self) -> Vec<(Isa, Vec<&'static str>)> {
         let mut groups: BTreeMap<Isa, Vec<&'static str>> = BTreeMap::new();
         for format in Format::ALL {
             groups.entry(self.choice.kernel(format).isa()).or_default().push(format.name());
         }
-        groups.into_iter().rev().map(|(isa, formats)| (isa.name(), formats)).collect()
+        groups.into_iter().rev().collect()
     }
 
     fn json(&self) -> Value {
