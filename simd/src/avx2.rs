@@ -26,7 +26,6 @@ macro_rules! proven {
         }
     }};
 }
-#[allow(unused_imports)]
 pub(crate) use proven;
 
 /// Integer dot products of 256-bit vectors.

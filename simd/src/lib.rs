@@ -39,6 +39,10 @@ mod wide;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -75,6 +79,10 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C: x86-64 since 2013.
     Avx2,
+    /// AVX-VNNI beside that: dot products of bytes on 256 bits. Intel since Alder Lake, AMD since Zen 5.
+    AvxVnni,
+    /// AVX-512 F, BW, DQ, VL and VNNI beside AVX2's. Intel servers since Ice Lake, AMD since Zen 4.
+    Avx512,
     /// NEON: every 64-bit ARM CPU (Cortex-A53 and A72, Raspberry Pi 4).
     Neon,
     /// NEON with `sdot` (Cortex-A76, Raspberry Pi 5).
@@ -85,13 +93,16 @@ pub enum Isa {
 
 impl Isa {
     /// Every ISA, worst first.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
+    pub const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
 
-    /// `scalar`, `avx2`, `neon`, `neon_dot`, `neon_i8mm`.
+    /// `scalar`, `avx2`, `avx_vnni`, `avx512`, `neon`, `neon_dot`, `neon_i8mm`.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx_vnni",
+            Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
             Isa::NeonDot => "neon_dot",
             Isa::NeonI8mm => "neon_i8mm",
@@ -109,6 +120,11 @@ impl Isa {
         match self {
             Isa::Scalar => &[],
             Isa::Avx2 => features!("x86_64" is_x86_feature_detected "avx2" "fma" "f16c"),
+            Isa::AvxVnni => features!("x86_64" is_x86_feature_detected "avx2" "fma" "f16c" "avxvnni"),
+            Isa::Avx512 => features!(
+                "x86_64" is_x86_feature_detected
+                "avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512vnni"
+            ),
             Isa::Neon => features!("aarch64" is_aarch64_feature_detected "neon"),
             Isa::NeonDot => features!("aarch64" is_aarch64_feature_detected "neon" "dotprod"),
             Isa::NeonI8mm => features!("aarch64" is_aarch64_feature_detected "neon" "dotprod" "i8mm"),
@@ -230,6 +246,10 @@ macro_rules! kernels {
 macro_rules! scalar_kernels { ($($line:tt)*) => { kernels!(Scalar "scalar" Groups (); $($line)*) }; }
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx2_kernels { ($($line:tt)*) => { kernels!(Avx2 "avx2" Wide avx2::Ymm<avx2::Maddubs>; $($line)*) }; }
+#[cfg(target_arch = "x86_64")]
+macro_rules! avx_vnni_kernels { ($($line:tt)*) => { kernels!(AvxVnni "avx_vnni" Wide avx2::Ymm<avx_vnni::Vex>; $($line)*) }; }
+#[cfg(target_arch = "x86_64")]
+macro_rules! avx512_kernels { ($($line:tt)*) => { kernels!(Avx512 "avx512" Wide avx512::Zmm; $($line)*) }; }
 #[cfg(target_arch = "aarch64")]
 macro_rules! neon_kernels { ($($line:tt)*) => { kernels!(Neon "neon" Wide neon::Neon<neon::Mull>; $($line)*) }; }
 #[cfg(target_arch = "aarch64")]
@@ -239,6 +259,12 @@ macro_rules! neon_i8mm_kernels { ($($line:tt)*) => { kernels!(NeonI8mm "neon_i8m
 
 /// The kernels by ISA, best first.
 const BY_ISA: &[&[&dyn Kernel]] = &[
+    #[cfg(target_arch = "x86_64")]
+    for_each_block_format!(hot avx512_kernels),
+    #[cfg(target_arch = "x86_64")]
+    floats!(Avx512, "avx512"),
+    #[cfg(target_arch = "x86_64")]
+    for_each_block_format!(hot avx_vnni_kernels),
     #[cfg(target_arch = "x86_64")]
     for_each_block_format!(all avx2_kernels),
     #[cfg(target_arch = "x86_64")]
@@ -286,6 +312,8 @@ macro_rules! unpacked {
                 Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Scalar },
                 #[cfg(target_arch = "x86_64")]
                 Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Avx2 },
+                #[cfg(target_arch = "x86_64")]
+                Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Avx512 },
                 #[cfg(target_arch = "aarch64")]
                 Unpacked { name: concat!($gguf, "/float"), format: Format::$block, isa: Isa::Neon },
             )*

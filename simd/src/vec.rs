@@ -569,6 +569,11 @@ functions!(table!);
 functions!(instance! scalar Scalar Software, #[inline]);
 #[cfg(target_arch = "x86_64")]
 functions!(instance! avx2 Avx2 crate::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+functions!(
+    instance! avx512 Avx512 crate::avx2::Avx2,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+);
 #[cfg(target_arch = "aarch64")]
 functions!(instance! neon Neon crate::neon::Halves, #[target_feature(enable = "neon")]);
 
@@ -581,7 +586,9 @@ pub fn ops(isa: Isa) -> &'static Ops {
     match isa {
         Isa::Scalar => &scalar::OPS,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => &avx2::OPS,
+        Isa::Avx2 | Isa::AvxVnni => &avx2::OPS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &avx512::OPS,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => &neon::OPS,
         #[allow(unreachable_patterns)] // none is left over on some architectures
