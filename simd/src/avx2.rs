@@ -220,13 +220,13 @@ impl<D: Dot> Simd for Ymm<D> {
     }
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m256i {
-        proven!(_mm256_madd_epi16(pair(sums), _mm256_set1_epi16(-bias as i16)))
+        proven!(_mm256_madd_epi16(every(pair(sums)), _mm256_set1_epi16(-bias as i16)))
     }
     #[inline(always)]
     fn weighted(self, scales: [__m256i; 2], sums: &[i16; 2]) -> __m256i {
         proven!({
             let pairs = _mm256_blend_epi16::<0xaa>(scales[0], _mm256_slli_epi32::<16>(scales[1]));
-            _mm256_madd_epi16(pairs, pair(sums))
+            _mm256_madd_epi16(pairs, every(pair(sums)))
         })
     }
 }
@@ -318,17 +318,23 @@ pub(crate) fn load_i8(a: &[i8; 32]) -> __m256i {
     proven!(_mm256_loadu_si256(a.as_ptr().cast()))
 }
 
-/// Activations 4v..4v+4 in every lane.
+/// Activations 4v..4v+4, for every lane.
 #[inline(always)]
-pub(crate) fn four(a: &[i8; 16], v: usize) -> __m256i {
+pub(crate) fn four(a: &[i8; 16], v: usize) -> i32 {
     let [a, b, c, d] = a.as_chunks::<4>().0[v];
-    proven!(_mm256_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])))
+    i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
 }
 
-/// Both sums of 16 activations, as a pair in every lane.
+/// Both sums of 16 activations, as a pair for every lane.
 #[inline(always)]
-pub(crate) fn pair(sums: &[i16; 2]) -> __m256i {
-    proven!(_mm256_set1_epi32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32))
+pub(crate) fn pair(sums: &[i16; 2]) -> i32 {
+    (sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32
+}
+
+/// The same in every lane.
+#[inline(always)]
+pub(crate) fn every(lane: i32) -> __m256i {
+    proven!(_mm256_set1_epi32(lane))
 }
 
 /// `b >> shift` in every 16 bits.
@@ -393,7 +399,7 @@ pub(crate) struct Maddubs;
 fn products(w: [__m256i; 4], a: &[i8; 16]) -> [__m256i; 4] {
     let mut p = w;
     for (v, p) in p.iter_mut().enumerate() {
-        *p = proven!(_mm256_maddubs_epi16(*p, four(a, v)));
+        *p = proven!(_mm256_maddubs_epi16(*p, every(four(a, v))));
     }
     p
 }
@@ -416,7 +422,7 @@ fn fold(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256
         Range::Signed => {
             let mut acc = acc;
             for (v, w) in w.into_iter().enumerate() {
-                let p = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four(a, v), w));
+                let p = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(every(four(a, v)), w));
                 acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p, scale));
             }
             acc
@@ -425,7 +431,7 @@ fn fold(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256
             // The scale is one: only formats without scales within a row have such activations.
             let mut acc = acc;
             for (v, w) in w.into_iter().enumerate() {
-                let a = four(a, v);
+                let a = every(four(a, v));
                 let odd = _mm256_madd_epi16(_mm256_srai_epi16::<8>(w), _mm256_srai_epi16::<8>(a));
                 let even = _mm256_madd_epi16(even(w), even(a));
                 acc = _mm256_add_epi32(acc, _mm256_add_epi32(odd, even));

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 use crate::Isa;
 use crate::avx_vnni::Dpbusd;
-use crate::avx2::{Ymm, proven};
+use crate::avx2::{Ymm, four, pair, proven};
 use crate::format::Block;
 use crate::wide::{Product, Range, Simd};
 
@@ -52,12 +52,6 @@ fn both(low: __m256i, high: __m256i) -> __m512i {
     proven!(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high))
 }
 
-/// Both sums of 16 activations, as a pair in every lane.
-#[inline(always)]
-fn pair(sums: &[i16; 2]) -> __m512i {
-    proven!(_mm512_set1_epi32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32))
-}
-
 impl Simd for Zmm {
     type B = __m512i;
     type I = __m512i;
@@ -66,6 +60,7 @@ impl Simd for Zmm {
 
     const ISA: Isa = Isa::Avx512;
     const ROWS: usize = 16;
+    const TOKENS: usize = 8;
     const SIGNED_BIAS: i32 = 128;
 
     #[inline(always)]
@@ -219,14 +214,13 @@ impl Simd for Zmm {
     #[inline(always)]
     fn dot16(self, acc: __m512i, w: [__m512i; 4], a: &[i8; 16], range: Range) -> __m512i {
         let mut acc = acc;
-        for (w, a) in w.into_iter().zip(a.as_chunks::<4>().0) {
-            let a = a.map(|a| a as u8);
+        for (v, w) in w.into_iter().enumerate() {
             acc = proven!({
                 let unsigned = match range {
                     Range::Unsigned(_) => w,
                     Range::Signed | Range::Full => _mm512_xor_si512(w, _mm512_set1_epi8(i8::MIN)),
                 };
-                _mm512_dpbusd_epi32(acc, unsigned, _mm512_set1_epi32(i32::from_le_bytes(a)))
+                _mm512_dpbusd_epi32(acc, unsigned, _mm512_set1_epi32(four(a, v)))
             });
         }
         acc
@@ -234,13 +228,13 @@ impl Simd for Zmm {
 
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m512i {
-        proven!(_mm512_madd_epi16(pair(sums), _mm512_set1_epi16(-bias as i16)))
+        proven!(_mm512_madd_epi16(_mm512_set1_epi32(pair(sums)), _mm512_set1_epi16(-bias as i16)))
     }
     #[inline(always)]
     fn weighted(self, scales: [__m512i; 2], sums: &[i16; 2]) -> __m512i {
         proven!({
             let high = _mm512_slli_epi32::<16>(scales[1]);
-            _mm512_madd_epi16(_mm512_mask_blend_epi16(0xaaaa_aaaa, scales[0], high), pair(sums))
+            _mm512_madd_epi16(_mm512_mask_blend_epi16(0xaaaa_aaaa, scales[0], high), _mm512_set1_epi32(pair(sums)))
         })
     }
 }

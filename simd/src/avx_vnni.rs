@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use crate::Isa;
-use crate::avx2::{Dot, Ymm, add_across, four, load_i8, proven};
+use crate::avx2::{Dot, Ymm, add_across, every, four, load_i8, proven};
 use crate::format::Block;
 use crate::wide::{self, Product, Range};
 
@@ -75,7 +75,7 @@ impl<V: Dpbusd> Dot for V {
     fn dot16(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i {
         let mut acc = acc;
         for (v, w) in w.into_iter().enumerate() {
-            acc = V::dpbusd(acc, unsigned(w, range), four(a, v));
+            acc = V::dpbusd(acc, unsigned(w, range), every(four(a, v)));
         }
         acc
     }

@@ -291,6 +291,10 @@ impl<S: Simd> Panel<S> {
                     self.spread::<B>(s.eight(), layout, half, bytes, row_bytes, from, n);
                 }
                 let mut t = 0;
+                while S::TOKENS == 8 && t + 8 <= n_tokens {
+                    self.multiply::<B, 8>(s, tokens, t, from, n);
+                    t += 8;
+                }
                 while t + 4 <= n_tokens {
                     self.multiply::<B, 4>(s, tokens, t, from, n);
                     t += 4;
@@ -354,10 +358,10 @@ impl<S: Simd> Panel<S> {
         let range = range::<S, B>().0;
         let mut acc = [s.splat(0); T];
         let mut a = [&[][..]; T];
-        for i in 0..T {
+        unrolled!(i < T, {
             a[i] = &tokens.groups(t + i)[from..from + n];
             acc[i] = s.load_i32(&self.acc[t + i]);
-        }
+        });
         for (k, q) in self.q.chunks_exact(8 * Self::GROUPS).take(n).enumerate() {
             let mut w = [s.splat_u8(0); 8];
             for (v, w) in w.iter_mut().enumerate() {
@@ -369,8 +373,8 @@ impl<S: Simd> Panel<S> {
             });
             acc = s.panel_dot32(acc, w, group, range);
         }
-        for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
-            s.store_i32(acc, kept);
-        }
+        unrolled!(i < T, {
+            s.store_i32(acc[i], &mut self.acc[t + i]);
+        });
     }
 }

@@ -76,6 +76,8 @@ pub(crate) trait Simd: Copy {
     const ROWS: usize;
     /// Groups of rows of two-bit weights read at once: as many as there are registers for the sums of [`Simd::crumbs`].
     const CRUMB_STREAMS: usize = 4;
+    /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
+    const TOKENS: usize = 4;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 
@@ -251,6 +253,21 @@ pub(crate) trait Eight: Simd {
         self.halves([&bytes, &bytes])
     }
 }
+
+/// Runs a block for `i` from 0 to a constant of at most 8, one by one. The compiler leaves long bodies a loop, and what
+/// is indexed by `i` in memory instead of registers.
+macro_rules! unrolled {
+    ($i:ident in 0..$n:ident $body:block) => {
+        $crate::wide::unrolled!($i $n $body 0 1 2 3 4 5 6 7)
+    };
+    ($i:ident $n:ident $body:block $($at:literal)*) => {
+        $(if $at < $n {
+            let $i = $at;
+            $body
+        })*
+    };
+}
+pub(crate) use unrolled;
 
 /// The first 16 and the last 16.
 #[inline(always)]
@@ -682,6 +699,10 @@ impl<S: Simd> Panel<S> {
                     }
                 }
                 let mut t = 0;
+                while S::TOKENS == 8 && t + 8 <= x.tokens {
+                    self.multiply::<B, 8>(s, x, t, from, n);
+                    t += 8;
+                }
                 while t + 4 <= x.tokens {
                     self.multiply::<B, 4>(s, x, t, from, n);
                     t += 4;
@@ -771,10 +792,10 @@ impl<S: Simd> Panel<S> {
     fn multiply<B: Block, const T: usize>(&mut self, s: S, x: &Acts, t: usize, from: usize, n: usize) {
         let mut acc = [s.zero(); T];
         let mut tokens = [Token { a: &[], da: &[], sums: &[] }; T];
-        for i in 0..T {
+        unrolled!(i < T, {
             tokens[i] = Token::of(x, t + i, from, n);
             acc[i] = s.load_f32(&self.acc[t + i]);
-        }
+        });
         for k in 0..n {
             let q = &self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
             let mut w = [s.splat_u8(0); 8];
@@ -796,9 +817,9 @@ impl<S: Simd> Panel<S> {
                 acc[i] = step::<S, B>(s, isum[i], &lanes, da[i], sums[i], acc[i]);
             });
         }
-        for (kept, acc) in self.acc[t..].iter_mut().zip(acc) {
-            s.store_f32(acc, kept);
-        }
+        unrolled!(i < T, {
+            s.store_f32(acc[i], &mut self.acc[t + i]);
+        });
     }
 }
 
