@@ -501,11 +501,11 @@ impl Dot for Maddubs {
             let (mut once, mut four_times) = (_mm256_setzero_si256(), _mm256_setzero_si256());
             for (w, a) in w.into_iter().zip([first, second]) {
                 let upper = _mm256_srli_epi16::<4>(w);
-                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), four(a, 0));
-                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), four(a, 2));
+                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), every(four(a, 0)));
+                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), every(four(a, 2)));
                 once = _mm256_add_epi16(once, _mm256_add_epi16(p, q));
-                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), four(a, 1));
-                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), four(a, 3));
+                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), every(four(a, 1)));
+                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), every(four(a, 3)));
                 four_times = _mm256_add_epi16(four_times, _mm256_add_epi16(p, q));
             }
             let one = _mm256_set1_epi16(1);

@@ -33,7 +33,7 @@ use crate::{Acts, Format, Isa, Kernel, Layout, Rows, Tile};
 /// Runs a block for each `i` below `n`, a constant of at most 8, without a loop: what arrays hold at `i` stays in a register.
 macro_rules! unrolled {
     ($i:ident < $n:expr, $body:block) => {
-        unrolled!(@ 0 1 2 3 4 5 6 7; $i < $n, $body)
+        $crate::wide::unrolled!(@ 0 1 2 3 4 5 6 7; $i < $n, $body)
     };
     (@ $($at:literal)*; $i:ident < $n:expr, $body:block) => {
         $(if $at < $n {
@@ -253,21 +253,6 @@ pub(crate) trait Eight: Simd {
         self.halves([&bytes, &bytes])
     }
 }
-
-/// Runs a block for `i` from 0 to a constant of at most 8, one by one. The compiler leaves long bodies a loop, and what
-/// is indexed by `i` in memory instead of registers.
-macro_rules! unrolled {
-    ($i:ident in 0..$n:ident $body:block) => {
-        $crate::wide::unrolled!($i $n $body 0 1 2 3 4 5 6 7)
-    };
-    ($i:ident $n:ident $body:block $($at:literal)*) => {
-        $(if $at < $n {
-            let $i = $at;
-            $body
-        })*
-    };
-}
-pub(crate) use unrolled;
 
 /// The first 16 and the last 16.
 #[inline(always)]
