@@ -31,6 +31,7 @@ pub(crate) use proven;
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
     const ISA: Isa;
+    const ANEW: bool = false;
     const SIGNED_BIAS: i32;
     fn new() -> Option<Self>;
     /// The way into code compiled for this ISA.
@@ -58,6 +59,7 @@ impl<D: Dot> Simd for Ymm<D> {
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
+    const ANEW: bool = D::ANEW;
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]

@@ -59,6 +59,7 @@ fn unsigned(w: __m256i, range: Range) -> __m256i {
 
 impl<V: Dpbusd> Dot for V {
     const ISA: Isa = V::ISA;
+    const ANEW: bool = true;
     const SIGNED_BIAS: i32 = 128;
 
     #[inline(always)]

@@ -371,7 +371,14 @@ impl<S: Simd> Panel<S> {
             unrolled!(i < T, {
                 group[i] = &a[i][k];
             });
-            acc = s.panel_dot32(acc, w, group, range);
+            if S::ANEW {
+                let isum = s.panel_dot32([s.splat(0); T], w, group, range);
+                unrolled!(i < T, {
+                    acc[i] = s.add(acc[i], isum[i]);
+                });
+            } else {
+                acc = s.panel_dot32(acc, w, group, range);
+            }
         }
         unrolled!(i < T, {
             s.store_i32(acc[i], &mut self.acc[t + i]);

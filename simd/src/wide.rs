@@ -78,6 +78,9 @@ pub(crate) trait Simd: Copy {
     const CRUMB_STREAMS: usize = 4;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
     const TOKENS: usize = 4;
+    /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
+    /// one before it.
+    const ANEW: bool = false;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 

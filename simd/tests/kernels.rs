@@ -300,14 +300,14 @@ fn extreme_values() {
         for fill in fills {
             for flip in [0x00, 0xff] {
                 let mut odd = false;
-                let w = weights(format, 9, 1280, &mut rng, |_| {
+                let w = weights(format, 24, 512, &mut rng, |_| {
                     odd = !odd;
                     if odd { fill } else { fill ^ flip }
                 });
                 for (what, pattern) in patterns {
                     for tokens in [1, 7] {
-                        let x: Vec<f32> = (0..tokens * 1280).map(pattern).collect();
-                        let x = quantize(&mut buf, format, &x, 1280);
+                        let x: Vec<f32> = (0..tokens * 512).map(pattern).collect();
+                        let x = quantize(&mut buf, format, &x, 512);
                         check(format, &w, &x, &format!("bytes {fill:#x} ^ {flip:#x}, activations {what}"));
                     }
                 }
