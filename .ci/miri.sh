@@ -5,7 +5,7 @@
 # shellcheck shell=bash
 
 # What Miri interprets of x86-64 beyond the baseline: AVX2, AVX-VNNI and AVX-512 kernels run on any machine.
-MIRI_X86="-Ctarget-feature=+avx2,+fma,+f16c,+avxvnni,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
+MIRI_X86="-Ctarget-feature=+avx2,+fma,+f16c,+avxvnni,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni"
 
 miri_ready() {
     for NIGHTLY in nightly nightly-2026-05-20; do
