@@ -85,8 +85,9 @@ impl Product {
         let x = self.acts();
         let row_bytes = self.kernel.format().row_bytes(COLS).expect("whole blocks");
         for (i, bytes) in bytes.chunks(rows * row_bytes).enumerate() {
-            let scale = self.scale.get(i * rows..).map_or(&[][..], |scale| &scale[..bytes.len() / row_bytes]);
+            let first = i * rows;
             let rows = bytes.len() / row_bytes;
+            let scale = if self.scale.is_empty() { &[][..] } else { &self.scale[first..first + rows] };
             self.kernel.matmul(Rows { bytes, scale }, &x, &mut Tile::whole(&mut out[..x.tokens * rows], rows));
         }
     }

@@ -13,7 +13,7 @@
 
 use crate::format::Block;
 use crate::unpack::Vector;
-use crate::wide::{Eight, MANY, Range, Simd, TURN, unrolled};
+use crate::wide::{Eight, MANY, Range, Simd, unrolled};
 use crate::{Acts, Layout, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -181,6 +181,9 @@ fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Toke
     few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, tokens, out);
     few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done + rest, rows - done - rest, tokens, out);
 }
+
+/// Groups multiplied in a turn of the loop: one is less work than a turn should be.
+const TURN: usize = 4;
 
 /// Rows `from..from + N·each`: `N` streams of `each` rows.
 #[inline(always)]

@@ -99,6 +99,7 @@ impl<D: Dot> Simd for Neon<D> {
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
+    const TURN: usize = 4;
     const CRUMB_STREAMS: usize = 2;
     const SIGNED_BIAS: i32 = 0;
 

@@ -74,6 +74,8 @@ pub(crate) trait Simd: Copy {
     const ISA: Isa;
     /// 8, or 16. With 16, rows come as two groups of eight; with 8, the second group of each pair below is ignored.
     const ROWS: usize;
+    /// Blocks of one group multiplied in a turn of the loop: one, where the compiler makes enough of that.
+    const TURN: usize = 1;
     /// Groups of rows of two-bit weights read at once: as many as there are registers for the sums of [`Simd::crumbs`].
     const CRUMB_STREAMS: usize = 4;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
@@ -543,18 +545,19 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
         for t in 0..x.tokens {
             let token = Token::of(x, t, 0, blocks * per_block);
             let mut acc = [s.zero(); N];
-            if per_block == 1 {
+            let in_turns = per_block == 1 && S::TURN > 1;
+            if in_turns {
                 let (mut streams, mut token) = (streams, token);
-                for _ in 0..blocks / TURN {
+                for _ in 0..blocks / S::TURN {
                     // SAFETY: a row has as many blocks as the token has groups.
-                    unsafe { add_blocks::<S, B, N>(s, TURN, &mut streams, &mut token, &mut acc) };
+                    unsafe { add_blocks::<S, B, N>(s, S::TURN, &mut streams, &mut token, &mut acc) };
                 }
-                for _ in 0..blocks % TURN {
+                for _ in 0..blocks % S::TURN {
                     // SAFETY: as above.
                     unsafe { add_blocks::<S, B, N>(s, 1, &mut streams, &mut token, &mut acc) };
                 }
             }
-            for b in 0..if per_block == 1 { 0 } else { blocks } {
+            for b in 0..if in_turns { 0 } else { blocks } {
                 let mut common = [unpack::Common::<S>::none(s); N];
                 let mut block = [Vector::none(); N];
                 unrolled!(i < N, {
@@ -599,9 +602,6 @@ fn add_group<S: Simd, B: Block>(
     let isum = sum::<S, B>(s, w, &lanes, a, sums);
     s.now(step::<S, B>(s, isum, &lanes, da, sums, acc))
 }
-
-/// Blocks of one group multiplied in a turn of the loop: one is less work than a turn should be.
-pub(crate) const TURN: usize = 4;
 
 /// Takes `n` blocks of one group off each stream and as many groups off the token, and adds their products.
 ///
