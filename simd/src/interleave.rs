@@ -38,6 +38,7 @@ impl Format {
             Format::Q4_0 | Format::Q8_0 | Format::Iq4Nl => &[(0, 2), (2, 4)],
             Format::Q4K | Format::Q5K => &[(0, 2), (4, 4)],
             Format::Q6K => &[(0, 4), (192, 2)],
+            Format::Tq2_0 => &[(0, 4), (64, 2)],
             Format::W2C | Format::W4C | Format::W8C => &[(0, 4)],
             _ => &[],
         }

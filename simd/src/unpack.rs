@@ -26,7 +26,7 @@ pub(crate) const fn sub_scales(format: Format) -> bool {
 pub(crate) const fn period(format: Format) -> usize {
     match format {
         Format::Q4K => 2,
-        Format::Q6K => 4,
+        Format::Q6K | Format::Tq2_0 => 4,
         Format::Q5K => 8,
         _ => 1,
     }
@@ -139,6 +139,7 @@ pub(crate) fn common<S: Simd, B: Block, F: Fields<S>>(s: S, f: &F) -> Common<S> 
     let none = Common::none(s);
     match B::FORMAT {
         Format::Q6K => Common { d: f.half(s, 208), ..none },
+        Format::Tq2_0 => Common { d: f.half(s, 64), ..none },
         Format::Q4K | Format::Q5K => {
             // Three words of each row: six bits of scales, six of minima, and four and four of both for groups
             // 4..8, whose upper two bits stand above the first two words' six.
