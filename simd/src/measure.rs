@@ -5,6 +5,7 @@
 //! weights. [`int8`] multiplies and adds what is in registers already. Neither knows of time and threads: who measures runs
 //! them on each thread and looks at a clock.
 
+#[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
 
 use crate::Isa;
@@ -85,7 +86,10 @@ pub fn int8(isa: Isa, rounds: usize) -> Option<u64> {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this CPU has AVX2, just asserted.
         Isa::Avx2 => Some(unsafe { int8_avx2(rounds) }),
-        _ => None,
+        _ => {
+            let _ = rounds;
+            None
+        }
     }
 }
 
