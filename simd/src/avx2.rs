@@ -13,20 +13,7 @@ use crate::Isa;
 use crate::format::Block;
 use crate::unpack::EightRows;
 use crate::vec::LANES;
-use crate::wide::{self, Eight, Product, Range, Simd};
-
-/// Evaluates intrinsics in a method of a type whose values prove that the CPU has them.
-macro_rules! proven {
-    ($e:expr) => {{
-        // SAFETY: a value of the type exists only where `new` found the instructions; pointers come from references to
-        // arrays as large as what is read or written, and nothing needs alignment.
-        #[allow(unused_unsafe)]
-        unsafe {
-            $e
-        }
-    }};
-}
-pub(crate) use proven;
+use crate::wide::{self, Eight, Product, Range, Simd, proven};
 
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
@@ -39,9 +26,8 @@ pub(crate) trait Dot: Copy {
     fn dot16(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i;
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i;
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
+    /// [`Simd::crumbs`]: fields 0 and 2 to `acc[0]`, four times fields 1 and 3 to `acc[1]`.
     fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3];
-    fn nibbles(acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3];
-    fn total(acc: [__m256i; 3], bits: usize) -> __m256i;
     /// The products of 32 weights with 32 activations, four added in each lane.
     fn dot(w: __m256i, a: __m256i, range: Range) -> __m256i;
     fn nibbles_across(rows: [&[u8; 16]; 8], a: &[i8; 32]) -> __m256i;
@@ -213,12 +199,8 @@ impl<D: Dot> Simd for Ymm<D> {
         D::crumbs(acc, w, a)
     }
     #[inline(always)]
-    fn nibbles(self, acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3] {
-        D::nibbles(acc, w, a)
-    }
-    #[inline(always)]
     fn total(self, acc: [__m256i; 3], bits: usize) -> __m256i {
-        D::total(acc, bits)
+        proven!(if bits == 2 { _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1])) } else { acc[0] })
     }
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m256i {
@@ -517,20 +499,6 @@ impl Dot for Maddubs {
                 acc[2],
             ]
         })
-    }
-    #[inline(always)]
-    fn nibbles(acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3] {
-        proven!({
-            let mut codes = [w[0]; 8];
-            for (v, code) in codes.iter_mut().enumerate() {
-                *code = _mm256_and_si256(right(w[v / 2], 4 * (v % 2)), _mm256_set1_epi8(15));
-            }
-            [Self::dot32(acc[0], codes, a, Range::Unsigned(15)), acc[1], acc[2]]
-        })
-    }
-    #[inline(always)]
-    fn total(acc: [__m256i; 3], bits: usize) -> __m256i {
-        proven!(if bits == 2 { _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1])) } else { acc[0] })
     }
 
     #[inline(always)]

@@ -11,9 +11,9 @@ use std::arch::x86_64::*;
 
 use crate::Isa;
 use crate::avx_vnni::Dpbusd;
-use crate::avx2::{Ymm, four, pair, proven};
+use crate::avx2::{Ymm, four, pair};
 use crate::format::Block;
-use crate::wide::{Product, Range, Simd};
+use crate::wide::{Product, Range, Simd, proven};
 
 /// `vpdpbusd` on 256 bits as AVX-512 encodes it.
 #[derive(Clone, Copy)]

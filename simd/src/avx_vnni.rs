@@ -8,9 +8,9 @@
 use std::arch::x86_64::*;
 
 use crate::Isa;
-use crate::avx2::{Dot, Ymm, add_across, every, four, load_i8, proven};
+use crate::avx2::{Dot, Ymm, add_across, every, four, load_i8};
 use crate::format::Block;
-use crate::wide::{self, Product, Range};
+use crate::wide::{self, Product, Range, proven};
 
 /// `vpdpbusd` on 256 bits in one of its two encodings. A value proves that the CPU has it.
 pub(crate) trait Dpbusd: Copy {
@@ -111,21 +111,6 @@ impl<V: Dpbusd> Dot for V {
             });
         }
         [once, four_times, unused]
-    }
-    #[inline(always)]
-    fn nibbles(acc: [__m256i; 3], w: [__m256i; 4], a: &[i8; 32]) -> [__m256i; 3] {
-        let mut codes = [w[0]; 8];
-        for (codes, w) in codes.as_chunks_mut().0.iter_mut().zip(w) {
-            *codes = proven!({
-                let low = _mm256_set1_epi8(15);
-                [_mm256_and_si256(w, low), _mm256_and_si256(_mm256_srli_epi16::<4>(w), low)]
-            });
-        }
-        [Self::dot32(acc[0], codes, a, Range::Unsigned(15)), acc[1], acc[2]]
-    }
-    #[inline(always)]
-    fn total(acc: [__m256i; 3], bits: usize) -> __m256i {
-        proven!(if bits == 2 { _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1])) } else { acc[0] })
     }
 
     #[inline(always)]

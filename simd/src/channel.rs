@@ -176,7 +176,7 @@ fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Toke
         4 => few_interleaved::<S, B, 4>(s, w, row_bytes, 0, each, tokens, out),
         _ => few_interleaved::<S, B, 2>(s, w, row_bytes, 0, each, tokens, out),
     }
-    let done = if streams == 4 { 4 } else { 2 } * each;
+    let done = streams * each;
     let rest = (rows - done) / S::ROWS * S::ROWS;
     few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, tokens, out);
     few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done + rest, rows - done - rest, tokens, out);

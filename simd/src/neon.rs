@@ -19,20 +19,7 @@ use std::marker::PhantomData;
 use crate::Isa;
 use crate::format::Block;
 use crate::vec::LANES;
-use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves, unrolled};
-
-/// Evaluates intrinsics where a value of the ISA's type, or being called by a method of one, proves that the CPU has them.
-macro_rules! proven {
-    ($e:expr) => {{
-        // SAFETY: a value of the type exists only where `new` found the instructions; pointers come from references to
-        // arrays as large as what is read or written, and nothing needs alignment.
-        #[allow(unused_unsafe)]
-        unsafe {
-            $e
-        }
-    }};
-}
-pub(crate) use proven;
+use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves, proven, unrolled};
 
 /// Bytes: rows 0..4 and 4..8, or the two halves of 32 bytes of one row.
 pub(crate) type Bytes = [uint8x16_t; 2];

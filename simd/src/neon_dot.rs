@@ -8,8 +8,8 @@ use std::arch::aarch64::*;
 
 use crate::Isa;
 use crate::format::Block;
-use crate::neon::{Bytes, Dot, Ints, Neon, add_across, load_i8, nibbles, proven};
-use crate::wide::{Product, Range};
+use crate::neon::{Bytes, Dot, Ints, Neon, add_across, load_i8, nibbles};
+use crate::wide::{Product, Range, proven};
 
 /// Dot products by `sdot`.
 #[derive(Clone, Copy)]

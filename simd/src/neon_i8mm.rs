@@ -13,9 +13,9 @@ use std::arch::aarch64::*;
 
 use crate::Isa;
 use crate::format::Block;
-use crate::neon::{Bytes, Dot, Ints, Neon, load_i8, proven};
+use crate::neon::{Bytes, Dot, Ints, Neon, load_i8};
 use crate::neon_dot::{self, Sdot};
-use crate::wide::{Product, Range, unrolled};
+use crate::wide::{Product, Range, proven, unrolled};
 
 /// `acc` plus the products of two rows with two tokens.
 #[inline]

@@ -44,6 +44,20 @@ macro_rules! unrolled {
 }
 pub(crate) use unrolled;
 
+/// Evaluates intrinsics where a value of the ISA's type, or being called by a method of one, proves that the CPU has them.
+macro_rules! proven {
+    ($e:expr) => {{
+        // SAFETY: a value of the type exists only where `new` found the instructions; pointers come from references to
+        // arrays as large as what is read or written, and nothing needs alignment.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $e
+        }
+    }};
+}
+#[allow(unused_imports)] // on an architecture without vectors
+pub(crate) use proven;
+
 /// From this many tokens on, unpacking weights into a panel pays also for formats with a loop of their own.
 pub(crate) const MANY: usize = 6;
 
