@@ -208,6 +208,12 @@ impl Config {
         if layer.sliding { self.rope_sliding } else { self.rope_global }
     }
 
+    /// The last layer that computes keys and values of its own. What follows it, and its own output, only serves the logits of
+    /// the token it belongs to: no later token reads it.
+    pub fn last_kv_layer(&self) -> usize {
+        (0..self.layers.len()).rposition(|il| self.owns_kv(il)).unwrap_or(0)
+    }
+
     /// Whether layer `il` computes keys and values of its own.
     pub fn owns_kv(&self, il: usize) -> bool {
         self.layers[il].kv_layer == il

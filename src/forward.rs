@@ -5,16 +5,20 @@
 //! reading of weights: each token's numbers depend on its own position and the cache, never on its neighbours in the chunk
 //! or on the thread that computed them. Quantization formats, instruction sets and file layout live elsewhere.
 //!
+//! Not every token goes all the way. Later tokens read a token's keys and values and nothing else of it, so above the last
+//! layer that makes any, only tokens whose logits are wanted are computed: `on` is the range of the chunk's tokens that go on.
+//!
 //! Buffers are (tokens, width), row-major; shapes stand beside them in [`State`].
 
-use std::cell::RefCell;
+use std::ops::Range;
 
-use gemrun_simd::{ActsBuf, Ops};
+use gemrun_simd::ActsBuf;
 
+use crate::attend::{self, Attention};
 use crate::config::{Config, LayerConfig};
-use crate::kv::{Kv, KvType, Run};
-use crate::model::{Layer, Model, Moe, PerLayerEmbedding};
-use crate::ops::{RopeTable, add_rms_norm, rms_norm, rms_norm_in_place};
+use crate::kv::{Kv, KvType};
+use crate::model::{KeyValue, Layer, Model, Moe, PerLayerEmbedding};
+use crate::ops::{RopeTable, add_rms_norm, gelu_mul, rms_norm, rms_norm_in_place};
 use crate::team::Team;
 use crate::weight::{acts, multiply};
 use crate::{Error, Result};
@@ -30,6 +34,17 @@ pub enum Want {
     All,
 }
 
+impl Want {
+    /// The wanted ones of `n` tokens.
+    fn of(self, n: usize) -> Range<usize> {
+        match self {
+            Want::Nothing => n..n,
+            Want::Last => n.saturating_sub(1)..n,
+            Want::All => 0..n,
+        }
+    }
+}
+
 /// Receives intermediate results: a name as in llama.cpp's graph, the layer (0 for the whole model), the values.
 pub type Tap = Box<dyn FnMut(&str, usize, &[f32]) + Send>;
 
@@ -39,19 +54,23 @@ pub struct State {
     pub kv: Kv,
     /// Watches intermediate results, for comparing engines tensor by tensor.
     pub tap: Option<Tap>,
+    /// Whether tokens stop where nothing more is wanted of them. Only speed depends on it.
+    pub shortcut: bool,
     batch: usize,
     acts: ActsBuf,
     rope_sliding: RopeTable,
     rope_global: RopeTable,
-    x: Vec<f32>,      // (tokens, dim) residual stream
-    h: Vec<f32>,      // (tokens, dim) input or output of a sub-layer
-    q: Vec<f32>,      // (tokens, heads, head_dim)
-    k: Vec<f32>,      // (tokens, kv_heads, head_dim)
-    v: Vec<f32>,      // (tokens, kv_heads, head_dim)
-    o: Vec<f32>,      // (tokens, heads, head_dim) attention output
-    gate: Vec<f32>,   // (tokens, ff)
-    up: Vec<f32>,     // (tokens, ff); at first, one row of the per-layer embedding table
-    ple: Vec<f32>,    // (tokens, layers, ple) per-layer inputs
+    x: Vec<f32>,        // (tokens, dim) residual stream
+    h: Vec<f32>,        // (tokens, dim) input or output of a sub-layer
+    q: Vec<f32>,        // (tokens, heads, head_dim)
+    k: Vec<f32>,        // (tokens, kv_heads, head_dim)
+    v: Vec<f32>,        // (tokens, kv_heads, head_dim)
+    o: Vec<f32>,        // (tokens, heads, head_dim) attention output
+    gate: Vec<f32>,     // (tokens, ff)
+    up: Vec<f32>,       // (tokens, ff); at first, one row of the per-layer embedding table
+    ple: Vec<f32>,      // (tokens, layers, ple) per-layer inputs, of layers that all tokens go through
+    late_ple: Vec<f32>, // (tokens that go on, layers, ple) those of the other layers
+    attend: attend::Scratch,
     gated: Vec<f32>,  // (tokens, ple)
     moe: MoeState,    // only with experts
     logits: Vec<f32>, // (wanted tokens, vocab)
@@ -96,6 +115,7 @@ impl State {
         Ok(State {
             kv: Kv::new(c, kv, context, batch),
             tap: None,
+            shortcut: true,
             batch,
             acts: ActsBuf::default(),
             rope_sliding: RopeTable::default(),
@@ -108,7 +128,9 @@ impl State {
             o: buffer(q),
             gate: buffer(ff),
             up: vec![0.0; (batch * ff).max(c.ple * c.layers.len())],
-            ple: buffer(c.ple * c.layers.len()),
+            ple: Vec::new(),
+            late_ple: Vec::new(),
+            attend: attend::Scratch::default(),
             gated: buffer(c.ple),
             moe,
             logits: Vec::new(),
@@ -144,22 +166,34 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
     let first = s.kv.len();
     s.rope_sliding.fill(m.config.rope_sliding, None, first..first + n);
     s.rope_global.fill(m.config.rope_global, Some(&m.rope_freqs), first..first + n);
+    let wanted = want.of(n);
+    // Layers that every token goes through.
+    let common = if s.shortcut { m.config.last_kv_layer() } else { m.layers.len() };
 
     embed(m, s, tokens);
     s.tap("inp_scaled", 0, |s| &s.x, n * dim);
     if let Some(ple) = &m.ple {
-        per_layer_inputs(m, ple, team, s, tokens);
+        per_layer_inputs(m, ple, team, s, tokens, common, &wanted);
     }
     for (il, layer) in m.layers.iter().enumerate() {
-        attention(m, layer, il, team, s, n);
-        feed_forward(m, layer, il, team, s, n);
-        per_layer_embedding(m, layer, il, team, s, n);
-        m.ops.scale(&mut s.x[..n * dim], layer.layer_output_scale);
+        let on = if il < common { 0..n } else { wanted.clone() };
+        attention(m, layer, il, team, s, n, &on);
+        if on.is_empty() {
+            break;
+        }
+        feed_forward(m, layer, il, team, s, &on);
+        per_layer_embedding(m, layer, il, team, s, &on, common);
+        m.ops.scale(&mut s.x[rows(&on, dim)], layer.layer_output_scale);
         s.tap("l_out", il, |s| &s.x, n * dim);
     }
     s.kv.advance(n);
-    logits(m, team, s, n, want);
+    logits(m, team, s, &wanted);
     Ok(&s.logits)
+}
+
+/// Where the rows of some tokens lie in a (tokens, width) buffer.
+fn rows(tokens: &Range<usize>, width: usize) -> Range<usize> {
+    tokens.start * width..tokens.end * width
 }
 
 fn begin(c: &Config, s: &mut State, tokens: &[u32]) -> Result<()> {
@@ -181,139 +215,131 @@ fn embed(m: &Model, s: &mut State, tokens: &[u32]) {
     }
 }
 
-/// ple\[layer\] = (rms(per_layer_model_proj · x / √dim) · per_layer_proj_norm + √ple · per_layer_token_embd\[token\]) / √2
-fn per_layer_inputs(m: &Model, p: &PerLayerEmbedding, team: &Team, s: &mut State, tokens: &[u32]) {
+/// ple\[layer\] = (rms(per_layer_model_proj · x / √dim) · per_layer_proj_norm + √ple · per_layer_token_embd\[token\]) / √2,
+/// of the `common` layers for every token, of the others for those that go on.
+fn per_layer_inputs(
+    m: &Model,
+    p: &PerLayerEmbedding,
+    team: &Team,
+    s: &mut State,
+    tokens: &[u32],
+    common: usize,
+    on: &Range<usize>,
+) {
     let Config { dim, ple, eps, .. } = m.config;
-    let width = ple * m.layers.len();
-    let projected = &mut s.ple[..tokens.len() * width];
-    let x = acts(m.ops, &mut s.acts, &s.x[..tokens.len() * dim], &[&p.per_layer_model_proj]);
-    multiply(team, &x, [&p.per_layer_model_proj], [projected]);
-    m.ops.scale(projected, 1.0 / (dim as f32).sqrt());
-    rms_norm_in_place(m.ops, projected, ple, Some(&p.per_layer_proj_norm), eps);
-    for (row, &token) in projected.chunks_exact_mut(width).zip(tokens) {
-        let looked_up = &mut s.up[..width]; // free until the first feed-forward network
-        p.per_layer_token_embd.look_up(token as usize, looked_up);
-        m.ops.scale(looked_up, (ple as f32).sqrt());
-        m.ops.add(row, looked_up);
+    let ops = m.ops;
+    let early = 0..common * ple;
+    let late = early.end..m.layers.len() * ple;
+    s.ple.resize(tokens.len() * early.len(), 0.0);
+    s.late_ple.resize(on.len() * late.len(), 0.0);
+    for (layers, of, out) in [(early, 0..tokens.len(), &mut s.ple), (late, on.clone(), &mut s.late_ple)] {
+        if out.is_empty() {
+            continue;
+        }
+        let proj = p.per_layer_model_proj.slice(layers.clone());
+        let x = acts(ops, team, &mut s.acts, &s.x[rows(&of, dim)], &[&proj]);
+        multiply(team, [(x, &proj, &mut out[..])]);
+        ops.scale(out, 1.0 / (dim as f32).sqrt());
+        rms_norm_in_place(ops, team, out, ple, Some(&p.per_layer_proj_norm), eps);
+        for (row, &token) in out.chunks_exact_mut(layers.len()).zip(&tokens[of]) {
+            let looked_up = &mut s.up[..m.layers.len() * ple]; // free until the first feed-forward network
+            p.per_layer_token_embd.look_up(token as usize, looked_up);
+            ops.scale(looked_up, (ple as f32).sqrt());
+            ops.add(row, &looked_up[layers.clone()]);
+        }
+        ops.scale(out, std::f32::consts::FRAC_1_SQRT_2);
     }
-    m.ops.scale(projected, std::f32::consts::FRAC_1_SQRT_2);
 }
 
-/// x += rms(attn_output · attend(q, K, V)) · post_attention_norm
-fn attention(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n: usize) {
+/// x += rms(attn_output · attend(q, K, V)) · post_attention_norm. Keys and values are made of all `n` tokens of the chunk.
+fn attention(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n: usize, on: &Range<usize>) {
     let Config { dim, eps, .. } = m.config;
     let c = &m.config.layers[il];
     let ops = m.ops;
+    let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let rope = if c.sliding { &s.rope_sliding } else { &s.rope_global };
-    let (x, h) = (&mut s.x[..n * dim], &mut s.h[..n * dim]);
-    let q = &mut s.q[..n * c.heads * c.head_dim];
-    rms_norm(ops, h, x, &layer.attn_norm, eps);
+    let all = if layer.attn_kv.is_some() { 0..n } else { on.clone() };
+    rms_norm(ops, team, &mut s.h[rows(&all, dim)], &s.x[rows(&all, dim)], &layer.attn_norm, eps);
 
-    if let Some(kv) = &layer.attn_kv {
-        let (k, v) = (&mut s.k[..n * c.kv_heads * c.head_dim], &mut s.v[..n * c.kv_heads * c.head_dim]);
-        match &kv.attn_v {
-            Some(attn_v) => {
-                let h = acts(ops, &mut s.acts, h, &[&layer.attn_q, &kv.attn_k, attn_v]);
-                multiply(team, &h, [&layer.attn_q, &kv.attn_k, attn_v], [q, &mut *k, &mut *v]);
-            }
-            None => {
-                let h = acts(ops, &mut s.acts, h, &[&layer.attn_q, &kv.attn_k]);
-                multiply(team, &h, [&layer.attn_q, &kv.attn_k], [q, &mut *k]);
-                v.copy_from_slice(k); // before its norm and rotation
-            }
+    let h = &s.h[rows(&all, dim)];
+    let queries = on.start - all.start..on.end - all.start;
+    let q = &mut s.q[rows(on, q_width)];
+    let (k, v) = (&mut s.k[..n * kv_width], &mut s.v[..n * kv_width]);
+    match &layer.attn_kv {
+        Some(KeyValue { attn_k, attn_v: Some(attn_v), .. }) => {
+            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q, attn_k, attn_v]);
+            multiply(team, [(h.part(queries), &layer.attn_q, &mut *q), (h, attn_k, &mut *k), (h, attn_v, &mut *v)]);
         }
-        rms_norm_in_place(ops, k, c.head_dim, Some(&kv.attn_k_norm), eps);
-        rope.rotate(ops, k, c.kv_heads, c.head_dim);
-        rms_norm_in_place(ops, v, c.head_dim, None, eps);
-        let (first, width) = (s.kv.len(), c.kv_heads * c.head_dim);
-        for (t, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+        Some(KeyValue { attn_k, attn_v: None, .. }) => {
+            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q, attn_k]);
+            multiply(team, [(h.part(queries), &layer.attn_q, &mut *q), (h, attn_k, &mut *k)]);
+            v.copy_from_slice(k); // before its norm and rotation
+        }
+        None => {
+            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q]);
+            multiply(team, [(h, &layer.attn_q, &mut *q)]);
+        }
+    }
+    if let Some(kv) = &layer.attn_kv {
+        rms_norm_in_place(ops, team, k, c.head_dim, Some(&kv.attn_k_norm), eps);
+        rope.rotate(ops, team, k, c.kv_heads, c.head_dim, 0);
+        rms_norm_in_place(ops, team, v, c.head_dim, None, eps);
+        let first = s.kv.len();
+        for (t, (k, v)) in k.chunks_exact(kv_width).zip(v.chunks_exact(kv_width)).enumerate() {
             s.kv.write(il, first + t, k, v, ops);
         }
-    } else {
-        let h = acts(ops, &mut s.acts, h, &[&layer.attn_q]);
-        multiply(team, &h, [&layer.attn_q], [q]);
     }
-    let q = &mut s.q[..n * c.heads * c.head_dim];
-    rms_norm_in_place(ops, q, c.head_dim, Some(&layer.attn_q_norm), eps);
-    rope.rotate(ops, q, c.heads, c.head_dim);
+    if on.is_empty() {
+        return;
+    }
+    rms_norm_in_place(ops, team, q, c.head_dim, Some(&layer.attn_q_norm), eps);
+    rope.rotate(ops, team, q, c.heads, c.head_dim, on.start);
 
-    let o = &mut s.o[..n * c.heads * c.head_dim];
-    attend(ops, c, m.config.window, team, &s.kv, q, o);
+    let o = &mut s.o[rows(on, q_width)];
+    let first = s.kv.len() + on.start;
+    let attention = Attention { ops, team, kv: &s.kv, layer: c, window: m.config.window, first };
+    attention.run(&mut s.attend, q, o);
 
-    let o = acts(ops, &mut s.acts, o, &[&layer.attn_output]);
-    multiply(team, &o, [&layer.attn_output], [&mut *h]);
-    add_rms_norm(ops, x, h, &layer.post_attention_norm, eps);
+    let h = &mut s.h[rows(on, dim)];
+    let o = acts(ops, team, &mut s.acts, o, &[&layer.attn_output]);
+    multiply(team, [(o, &layer.attn_output, &mut *h)]);
+    add_rms_norm(ops, team, &mut s.x[rows(on, dim)], h, &layer.post_attention_norm, eps);
     s.tap("attn_out", il, |s| &s.x, n * dim);
 }
 
-/// o = softmax(q · Kᵀ) · V for every token and head, over all positions up to the token's own, or the last `window`.
-/// The scale is 1: the norms of q and k carry it. Positions are taken in ascending order.
-fn attend(ops: &Ops, c: &LayerConfig, window: usize, team: &Team, kv: &Kv, q: &[f32], o: &mut [f32]) {
-    thread_local! {
-        static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
-    let dim = c.head_dim;
-    team.parts(o, dim, |i, o| {
-        let (token, head) = (i / c.heads, i % c.heads);
-        let kv_head = head / (c.heads / c.kv_heads);
-        let q = &q[i * dim..][..dim];
-        let end = kv.len() + token + 1;
-        let start = if c.sliding { end.saturating_sub(window) } else { 0 };
-        SCORES.with_borrow_mut(|scores| {
-            scores.clear();
-            kv.runs(c.kv_layer, kv_head, start..end, |_, keys, _| match keys {
-                Run::F32(keys) => scores.extend(keys.chunks_exact(dim).map(|key| ops.dot(q, key))),
-                Run::F16(keys) => scores.extend(keys.chunks_exact(dim).map(|key| ops.dot_f16(q, key))),
-            });
-            ops.softmax(scores);
-            o.fill(0.0);
-            kv.runs(c.kv_layer, kv_head, start..end, |positions, _, values| {
-                let weights = &scores[positions.start - start..positions.end - start];
-                match values {
-                    Run::F32(values) => {
-                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| ops.axpy(o, w, value));
-                    }
-                    Run::F16(values) => {
-                        values.chunks_exact(dim).zip(weights).for_each(|(value, &w)| ops.axpy_f16(o, w, value));
-                    }
-                }
-            });
-        });
-    });
-}
-
 /// x += rms(ffn(x)) · post_ffw_norm
-fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n: usize) {
+fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, on: &Range<usize>) {
     let Config { dim, eps, .. } = m.config;
     let ff = m.config.layers[il].ff;
     let ops = m.ops;
-    rms_norm(ops, &mut s.h[..n * dim], &s.x[..n * dim], &layer.ffn_norm, eps);
+    let (n, on) = (on.len(), rows(on, dim));
+    rms_norm(ops, team, &mut s.h[on.clone()], &s.x[on.clone()], &layer.ffn_norm, eps);
     let (gate, up) = (&mut s.gate[..n * ff], &mut s.up[..n * ff]);
-    let h = acts(ops, &mut s.acts, &s.h[..n * dim], &[&layer.ffn_gate, &layer.ffn_up]);
-    multiply(team, &h, [&layer.ffn_gate, &layer.ffn_up], [&mut *gate, &mut *up]);
-    team.parts(gate, ff, |t, gate| ops.gelu_mul(gate, &up[t * ff..][..ff]));
-    let gate = acts(ops, &mut s.acts, gate, &[&layer.ffn_down]);
-    multiply(team, &gate, [&layer.ffn_down], [&mut s.h[..n * dim]]);
+    let h = acts(ops, team, &mut s.acts, &s.h[on.clone()], &[&layer.ffn_gate, &layer.ffn_up]);
+    multiply(team, [(h, &layer.ffn_gate, &mut *gate), (h, &layer.ffn_up, &mut *up)]);
+    gelu_mul(ops, team, gate, up);
+    let gate = acts(ops, team, &mut s.acts, gate, &[&layer.ffn_down]);
+    multiply(team, [(gate, &layer.ffn_down, &mut s.h[on.clone()])]);
     if let Some(moe) = &layer.moe {
-        rms_norm_in_place(ops, &mut s.h[..n * dim], dim, Some(&moe.post_ffw_norm_1), eps);
-        s.moe.dense[..n * dim].copy_from_slice(&s.h[..n * dim]);
-        experts(m, moe, il, team, s, n);
-        ops.add(&mut s.h[..n * dim], &s.moe.dense[..n * dim]);
+        rms_norm_in_place(ops, team, &mut s.h[on.clone()], dim, Some(&moe.post_ffw_norm_1), eps);
+        s.moe.dense[..n * dim].copy_from_slice(&s.h[on.clone()]);
+        experts(m, moe, il, team, s, on.clone());
+        ops.add(&mut s.h[on.clone()], &s.moe.dense[..n * dim]);
     }
-    add_rms_norm(ops, &mut s.x[..n * dim], &mut s.h[..n * dim], &layer.post_ffw_norm, eps);
-    s.tap("ffn_out", il, |s| &s.x, n * dim);
+    add_rms_norm(ops, team, &mut s.x[on.clone()], &mut s.h[on.clone()], &layer.post_ffw_norm, eps);
+    s.tap("ffn_out", il, |s| &s.x, on.end);
 }
 
 /// h = rms(Σ over the chosen experts of weight · scale · expert(rms(x) · pre_ffw_norm_2)) · post_ffw_norm_2
-fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, n: usize) {
+fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, on: Range<usize>) {
     let Some(e) = m.config.experts else { return };
     let Config { dim, eps, .. } = m.config;
     let ff = m.config.layers[il].expert_ff;
     let ops = m.ops;
-    route(m, moe, team, s, n);
+    route(m, moe, team, s, on.clone());
 
     // The tokens of the chunk, expert by expert, so that an expert's weights are read once.
-    rms_norm(ops, &mut s.h[..n * dim], &s.x[..n * dim], &moe.pre_ffw_norm_2, eps);
+    rms_norm(ops, team, &mut s.h[on.clone()], &s.x[on.clone()], &moe.pre_ffw_norm_2, eps);
     let b = &mut s.moe;
     for (index, expert) in moe.experts.iter().enumerate() {
         b.members.clear();
@@ -324,14 +350,14 @@ fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, n: usize
             continue;
         }
         for (input, (token, _)) in b.input.chunks_exact_mut(dim).zip(&b.members) {
-            input.copy_from_slice(&s.h[token * dim..][..dim]);
+            input.copy_from_slice(&s.h[on.start + token * dim..][..dim]);
         }
         let (gate, up) = (&mut s.gate[..members * ff], &mut s.up[..members * ff]);
-        let input = acts(ops, &mut s.acts, &b.input[..members * dim], &[&expert.gate, &expert.up]);
-        multiply(team, &input, [&expert.gate, &expert.up], [&mut *gate, &mut *up]);
-        ops.gelu_mul(gate, up);
-        let gate = acts(ops, &mut s.acts, gate, &[&expert.down]);
-        multiply(team, &gate, [&expert.down], [&mut b.output[..members * dim]]);
+        let input = acts(ops, team, &mut s.acts, &b.input[..members * dim], &[&expert.gate, &expert.up]);
+        multiply(team, [(input, &expert.gate, &mut *gate), (input, &expert.up, &mut *up)]);
+        gelu_mul(ops, team, gate, up);
+        let gate = acts(ops, team, &mut s.acts, gate, &[&expert.down]);
+        multiply(team, [(gate, &expert.down, &mut b.output[..members * dim])]);
         for (output, &(token, slot)) in b.output.chunks_exact_mut(dim).zip(&b.members) {
             let at = token * e.used + slot;
             ops.scale(output, moe.ffn_down_exps_scale[index]);
@@ -339,27 +365,28 @@ fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, n: usize
             b.slots[at * dim..][..dim].copy_from_slice(output);
         }
     }
-    for (h, slots) in s.h.chunks_exact_mut(dim).zip(b.slots.chunks_exact(e.used * dim)).take(n) {
+    for (h, slots) in s.h[on.clone()].chunks_exact_mut(dim).zip(b.slots.chunks_exact(e.used * dim)) {
         h.fill(0.0);
         slots.chunks_exact(dim).for_each(|slot| ops.add(h, slot)); // best expert first
     }
-    rms_norm_in_place(ops, &mut s.h[..n * dim], dim, Some(&moe.post_ffw_norm_2), eps);
+    rms_norm_in_place(ops, team, &mut s.h[on.clone()], dim, Some(&moe.post_ffw_norm_2), eps);
 }
 
 /// Chooses each token's experts: the largest of softmax(ffn_gate_inp · (rms(x) / √dim · ffn_gate_inp.scale)), renormalised.
-fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, n: usize) {
+fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, on: Range<usize>) {
     let Some(e) = m.config.experts else { return };
     let Config { dim, eps, .. } = m.config;
     let ops = m.ops;
-    let h = &mut s.h[..n * dim];
-    h.copy_from_slice(&s.x[..n * dim]);
-    rms_norm_in_place(ops, h, dim, None, eps);
+    let n = on.len() / dim;
+    let h = &mut s.h[on.clone()];
+    h.copy_from_slice(&s.x[on]);
+    rms_norm_in_place(ops, team, h, dim, None, eps);
     ops.scale(h, 1.0 / (dim as f32).sqrt());
     for row in h.chunks_exact_mut(dim) {
         row.iter_mut().zip(&moe.ffn_gate_inp_scale).for_each(|(x, scale)| *x *= scale);
     }
-    let h = acts(ops, &mut s.acts, h, &[&moe.ffn_gate_inp]);
-    multiply(team, &h, [&moe.ffn_gate_inp], [&mut s.moe.router[..n * e.count]]);
+    let h = acts(ops, team, &mut s.acts, h, &[&moe.ffn_gate_inp]);
+    multiply(team, [(h, &moe.ffn_gate_inp, &mut s.moe.router[..n * e.count])]);
     s.moe.chosen.clear();
     for row in s.moe.router.chunks_exact_mut(e.count).take(n) {
         ops.softmax(row);
@@ -383,44 +410,50 @@ fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, n: usize) {
 }
 
 /// x += rms(proj · (gelu(inp_gate · x) · ple\[layer\])) · post_norm
-fn per_layer_embedding(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n: usize) {
+fn per_layer_embedding(
+    m: &Model,
+    layer: &Layer,
+    il: usize,
+    team: &Team,
+    s: &mut State,
+    on: &Range<usize>,
+    common: usize,
+) {
     let Some(p) = &layer.ple else { return };
     let Config { dim, ple, eps, .. } = m.config;
     let ops = m.ops;
-    let gated = &mut s.gated[..n * ple];
-    let x = acts(ops, &mut s.acts, &s.x[..n * dim], &[&p.inp_gate]);
-    multiply(team, &x, [&p.inp_gate], [&mut *gated]);
-    for (gated, inputs) in gated.chunks_exact_mut(ple).zip(s.ple.chunks_exact(ple * m.layers.len())) {
-        ops.gelu_mul(gated, &inputs[il * ple..][..ple]);
+    let gated = &mut s.gated[..on.len() * ple];
+    let x = acts(ops, team, &mut s.acts, &s.x[rows(on, dim)], &[&p.inp_gate]);
+    multiply(team, [(x, &p.inp_gate, &mut *gated)]);
+    let (inputs, layers, il_there) =
+        if il < common { (&s.ple, common, il) } else { (&s.late_ple, m.layers.len() - common, il - common) };
+    for (gated, inputs) in gated.chunks_exact_mut(ple).zip(inputs.chunks_exact(layers * ple)) {
+        ops.gelu_mul(gated, &inputs[il_there * ple..][..ple]);
     }
-    let gated = acts(ops, &mut s.acts, gated, &[&p.proj]);
-    multiply(team, &gated, [&p.proj], [&mut s.h[..n * dim]]);
-    add_rms_norm(ops, &mut s.x[..n * dim], &mut s.h[..n * dim], &p.post_norm, eps);
-    s.tap("per_layer_embd_out", il, |s| &s.x, n * dim);
+    let gated = acts(ops, team, &mut s.acts, gated, &[&p.proj]);
+    multiply(team, [(gated, &p.proj, &mut s.h[rows(on, dim)])]);
+    add_rms_norm(ops, team, &mut s.x[rows(on, dim)], &mut s.h[rows(on, dim)], &p.post_norm, eps);
+    s.tap("per_layer_embd_out", il, |s| &s.x, on.end * dim);
 }
 
 /// logits = softcap(output · (rms(x) · output_norm)) of the wanted tokens
-fn logits(m: &Model, team: &Team, s: &mut State, n: usize, want: Want) {
+fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>) {
     /// Logits one thread caps at a time.
     const PART: usize = 4096;
     let Config { dim, vocab, eps, .. } = m.config;
-    let rows = match want {
-        Want::Nothing => 0,
-        Want::Last => n.min(1),
-        Want::All => n,
-    };
-    s.logits.resize(rows * vocab, 0.0);
-    if rows == 0 {
+    let n = wanted.len();
+    s.logits.resize(n * vocab, 0.0);
+    if n == 0 {
         return;
     }
-    let h = &mut s.h[..rows * dim];
-    rms_norm(m.ops, h, &s.x[(n - rows) * dim..n * dim], &m.output_norm, eps);
-    let h = acts(m.ops, &mut s.acts, h, &[&m.output]);
-    multiply(team, &h, [&m.output], [&mut s.logits]);
+    let h = &mut s.h[..n * dim];
+    rms_norm(m.ops, team, h, &s.x[rows(wanted, dim)], &m.output_norm, eps);
+    let h = acts(m.ops, team, &mut s.acts, h, &[&m.output]);
+    multiply(team, [(h, &m.output, &mut s.logits)]);
     if let Some(cap) = m.config.softcap {
         let all = s.logits.len();
         team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| m.ops.softcap(part.row(0), cap));
     }
-    s.tap("result_norm", 0, |s| &s.h, rows * dim);
-    s.tap("result_output", 0, |s| &s.logits, rows * vocab);
+    s.tap("result_norm", 0, |s| &s.h, n * dim);
+    s.tap("result_output", 0, |s| &s.logits, n * vocab);
 }

@@ -6,21 +6,24 @@
 //! be taken back. A layer that shares another's cache has none here; [`Config`] says whose it reads.
 //!
 //! ```text
-//! one block:   head 0: position 0 … 63   head 1: position 0 … 63   …      each position: head_dim values
-//! ring of 4:   position p lives in block (p / 64) % 4, slot p % 64
+//! values of a block:   head 0: position 0 … 63   head 1: position 0 … 63   …      each position: head_dim values
+//! keys of a block:     head 0: dimension after dimension   head 1: …               each dimension: 64 positions
+//! ring of 4:           position p lives in block (p / 64) % 4, slot p % 64
 //! ```
 //!
+//! So attention finds 64 keys side by side, which is how it multiplies them with a query, and each value in one piece.
 //! Attention is not computed here.
 
 use std::ops::Range;
 
 use gemrun_simd::Ops;
+use gemrun_simd::vec::key_order;
 
 use crate::config::Config;
 use crate::{Error, Kind, Result};
 
 /// Positions per block.
-pub const BLOCK: usize = 64;
+pub const BLOCK: usize = gemrun_simd::vec::KEYS;
 
 /// Positions a sliding layer keeps beyond its window and one chunk, so that this many tokens can be taken back
 /// (`/undo`, `/regen`, an edited prompt) without computing the window again.
@@ -64,6 +67,8 @@ pub struct Kv {
 /// Keys and values of one layer.
 struct Layer {
     head_dim: usize,
+    /// The dimensions of a key in the order in which they are stored.
+    order: Vec<usize>,
     kv_heads: usize,
     /// Blocks of a ring; 0 for a global layer.
     ring: usize,
@@ -73,7 +78,7 @@ struct Layer {
     written: usize,
 }
 
-/// [`BLOCK`] positions: (kv_heads, BLOCK, head_dim) keys and as many values.
+/// [`BLOCK`] positions: (kv_heads, head_dim, BLOCK) keys and (kv_heads, BLOCK, head_dim) values.
 struct Block {
     keys: Store,
     values: Store,
@@ -84,7 +89,7 @@ enum Store {
     F16(Vec<u16>),
 }
 
-/// A run of stored keys or values of one head, position after position: (positions, head_dim).
+/// Stored keys or values.
 #[derive(Clone, Copy)]
 pub enum Run<'a> {
     /// Plain values.
@@ -114,6 +119,26 @@ impl Store {
         }
     }
 
+    /// Stores `key`'s dimensions in `order` from `at` on, each [`BLOCK`] after the one before.
+    fn scatter(&mut self, at: usize, key: &[f32], order: &[usize], ops: &Ops) {
+        const SOME: usize = 64;
+        let (mut values, mut halves) = ([0.0; SOME], [0; SOME]);
+        for (i, order) in order.chunks(SOME).enumerate() {
+            let (values, at) = (&mut values[..order.len()], at + i * SOME * BLOCK);
+            values.iter_mut().zip(order).for_each(|(value, &d)| *value = key[d]);
+            match self {
+                Store::F32(store) => {
+                    store[at..].iter_mut().step_by(BLOCK).zip(values).for_each(|(slot, value)| *slot = *value);
+                }
+                Store::F16(store) => {
+                    let halves = &mut halves[..order.len()];
+                    ops.store_f16(halves, values);
+                    store[at..].iter_mut().step_by(BLOCK).zip(halves).for_each(|(slot, half)| *slot = *half);
+                }
+            }
+        }
+    }
+
     fn run(&self, range: Range<usize>) -> Run<'_> {
         match self {
             Store::F32(store) => Run::F32(&store[range]),
@@ -131,7 +156,8 @@ impl Kv {
                 // A chunk may begin anywhere in a block: one more block on either side.
                 let ring = (config.window + batch + SLACK).div_ceil(BLOCK) + 1;
                 let ring = if layer.sliding && ring < all { ring } else { 0 };
-                Layer { head_dim: layer.head_dim, kv_heads: layer.kv_heads, ring, blocks: Vec::new(), written: 0 }
+                let (head_dim, kv_heads) = (layer.head_dim, layer.kv_heads);
+                Layer { head_dim, order: key_order(head_dim), kv_heads, ring, blocks: Vec::new(), written: 0 }
             })
         };
         Kv { kind, context, len: 0, layers: config.layers.iter().enumerate().map(layer).collect() }
@@ -215,9 +241,9 @@ impl Kv {
         let dim = layer.head_dim;
         let block = &mut layer.blocks[index];
         for head in 0..layer.kv_heads {
-            let at = (head * BLOCK + position % BLOCK) * dim;
-            block.keys.write(at, &key[head * dim..][..dim], ops);
-            block.values.write(at, &value[head * dim..][..dim], ops);
+            let (slot, first) = (position % BLOCK, head * BLOCK * dim);
+            block.keys.scatter(first + slot, &key[head * dim..][..dim], &layer.order, ops);
+            block.values.write(first + slot * dim, &value[head * dim..][..dim], ops);
         }
         layer.written = layer.written.max(position + 1);
     }
@@ -227,25 +253,19 @@ impl Kv {
         self.len += tokens;
     }
 
-    /// Calls `f(positions, keys, values)` for the runs that hold `positions` of one head of layer `il`, in order. Runs
-    /// end at multiples of [`BLOCK`], whatever the chunks were in which the positions arrived.
-    pub fn runs(
-        &self,
-        il: usize,
-        head: usize,
-        positions: Range<usize>,
-        mut f: impl FnMut(Range<usize>, Run<'_>, Run<'_>),
-    ) {
+    /// The order in which layer `il` stores the dimensions of its keys.
+    pub fn key_order(&self, il: usize) -> &[usize] {
+        self.layers[il].as_ref().map_or(&[], |layer| &layer.order)
+    }
+
+    /// Keys (head_dim, BLOCK), their dimensions in [`Kv::key_order`], and values (BLOCK, head_dim) of one head of layer `il` at positions `block * BLOCK` and after.
+    /// Slots of positions that were never written, or not since a ring came round, hold other numbers.
+    pub fn block(&self, il: usize, head: usize, block: usize) -> (Run<'_>, Run<'_>) {
         let layer = self.layers[il].as_ref().expect("attention reads layers that own a cache");
-        let mut start = positions.start;
-        while start < positions.end {
-            let end = ((start / BLOCK + 1) * BLOCK).min(positions.end);
-            let block = &layer.blocks[layer.index(start)];
-            let first = (head * BLOCK + start % BLOCK) * layer.head_dim;
-            let range = first..first + (end - start) * layer.head_dim;
-            f(start..end, block.keys.run(range.clone()), block.values.run(range));
-            start = end;
-        }
+        let stored = &layer.blocks[layer.index(block * BLOCK)];
+        let size = BLOCK * layer.head_dim;
+        let range = head * size..(head + 1) * size;
+        (stored.keys.run(range.clone()), stored.values.run(range))
     }
 }
 

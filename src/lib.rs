@@ -1,5 +1,6 @@
 //! gemrun, the CPU engine for Gemma 4: a memory-mapped GGUF file, a forward pass, a conversation.
 
+pub mod attend;
 pub mod channel;
 pub mod config;
 pub mod error;

@@ -9,25 +9,47 @@ use std::ops::Range;
 use gemrun_simd::Ops;
 
 use crate::config::Rope;
+use crate::team::{Lines, Team};
+
+/// Values that are worth another thread.
+const SOME: usize = 8192;
+
+/// Calls `f(row, values)` for every row of `x`.
+fn each_row(team: &Team, x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    team.share(x.len() / width, SOME.div_ceil(width), Lines(x, width), |rows, Lines(x, _)| {
+        rows.zip(x.chunks_exact_mut(width)).for_each(|(row, x)| f(row, x));
+    });
+}
 
 /// `out[t] = rms(x[t]) * weight` for every row of `weight.len()` values.
-pub fn rms_norm(ops: &Ops, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
-    for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-        ops.rms_norm(out, x, Some(weight), eps);
-    }
+pub fn rms_norm(ops: &Ops, team: &Team, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    each_row(team, out, width, |row, out| ops.rms_norm(out, &x[row * width..][..width], Some(weight), eps));
 }
 
 /// [`rms_norm`] in place; without `weight`, rows of `width` values are only normalised.
-pub fn rms_norm_in_place(ops: &Ops, x: &mut [f32], width: usize, weight: Option<&[f32]>, eps: f32) {
-    for row in x.chunks_exact_mut(width) {
-        ops.rms_norm_in_place(row, weight, eps);
-    }
+pub fn rms_norm_in_place(ops: &Ops, team: &Team, x: &mut [f32], width: usize, weight: Option<&[f32]>, eps: f32) {
+    each_row(team, x, width, |_, row| ops.rms_norm_in_place(row, weight, eps));
 }
 
 /// Adds `rms(y[t]) * weight` to every row of the residual stream: `x += rms(y) * weight`. `y` is used up.
-pub fn add_rms_norm(ops: &Ops, x: &mut [f32], y: &mut [f32], weight: &[f32], eps: f32) {
-    rms_norm_in_place(ops, y, weight.len(), Some(weight), eps);
-    ops.add(x, y);
+pub fn add_rms_norm(ops: &Ops, team: &Team, x: &mut [f32], y: &mut [f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    let rows = (Lines(x, width), Lines(y, width));
+    team.share(rows.0.0.len() / width, SOME.div_ceil(width), rows, |_, (Lines(x, _), Lines(y, _))| {
+        for (x, y) in x.chunks_exact_mut(width).zip(y.chunks_exact_mut(width)) {
+            ops.rms_norm_in_place(y, Some(weight), eps);
+            ops.add(x, y);
+        }
+    });
+}
+
+/// `gate = gelu(gate) * up`.
+pub fn gelu_mul(ops: &Ops, team: &Team, gate: &mut [f32], up: &[f32]) {
+    const PART: usize = 1024;
+    team.share(gate.len().div_ceil(PART), 1, Lines(gate, PART), |parts, Lines(gate, _)| {
+        ops.gelu_mul(gate, &up[parts.start * PART..][..gate.len()]);
+    });
 }
 
 /// Cosines and sines of a run of positions for one class of layers.
@@ -60,15 +82,15 @@ impl RopeTable {
         }
     }
 
-    /// Rotates every head of every token of `x`, (tokens, heads, head_dim), in place; token `t` sits at the `t`-th position
+    /// Rotates every head of every token of `x`, (tokens, heads, head_dim), in place; token `t` sits at position `first + t`
     /// of the table. Elements past the rotary width stay as they are.
-    pub fn rotate(&self, ops: &Ops, x: &mut [f32], heads: usize, head_dim: usize) {
+    pub fn rotate(&self, ops: &Ops, team: &Team, x: &mut [f32], heads: usize, head_dim: usize, first: usize) {
         let half = self.dims / 2;
-        for (t, token) in x.chunks_exact_mut(heads * head_dim).enumerate() {
-            let (cos, sin) = (&self.cos[t * half..][..half], &self.sin[t * half..][..half]);
+        each_row(team, x, heads * head_dim, |t, token| {
+            let at = (first + t) * half..(first + t + 1) * half;
             for head in token.chunks_exact_mut(head_dim) {
-                ops.rope(&mut head[..self.dims], cos, sin);
+                ops.rope(&mut head[..self.dims], &self.cos[at.clone()], &self.sin[at.clone()]);
             }
-        }
+        });
     }
 }

@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use gemrun_simd::{Tile, Tiles};
+use gemrun_simd::{ActsMut, Tile, Tiles};
 
 use crate::{Error, Kind, Result};
 
@@ -139,7 +139,7 @@ impl Team {
         let mut chunks = 0;
         let matrices = outs.map(|(out, row, width)| {
             let first = chunks; // number of this matrix's first chunk
-            chunks += row.div_ceil(width);
+            chunks += if out.is_empty() { 0 } else { row.div_ceil(width) };
             (first, Tiles::new(out, row), row, width)
         });
         self.run(chunks, &|chunk| {
@@ -153,11 +153,85 @@ impl Team {
         });
     }
 
-    /// Calls `f(i, part)` for every part of `size` values of `out`, in parallel; `out` is a multiple of `size` long.
-    pub fn parts(&self, out: &mut [f32], size: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-        assert!(size > 0 && out.len().is_multiple_of(size), "{} values in parts of {size}", out.len());
-        let row = out.len();
-        self.tiles([(out, row, size)], |_, columns, mut tile| f(columns.start / size, tile.row(0)));
+    /// Splits `out`, a matrix of lines of `row` values, into rectangles of at most `height` lines and `width` columns and calls
+    /// `f(lines, columns, rectangle)` for each, as one region.
+    pub fn grid(
+        &self,
+        out: &mut [f32],
+        row: usize,
+        height: usize,
+        width: usize,
+        f: impl Fn(Range<usize>, Range<usize>, Tile<'_>) + Sync,
+    ) {
+        let matrix = Tiles::new(out, row);
+        let (down, across) = (matrix.tokens().div_ceil(height), row.div_ceil(width));
+        self.run(down * across, &|chunk| {
+            let (top, left) = (chunk / across * height, chunk % across * width);
+            let (lines, columns) = (top..(top + height).min(matrix.tokens()), left..(left + width).min(row));
+            // SAFETY: every chunk number is handed out once, and the rectangles are disjoint.
+            let tile = unsafe { matrix.part(lines.clone(), columns.clone()) };
+            f(lines, columns, tile);
+        });
+    }
+
+    /// Shares `units` units of work out in consecutive parts of at least `least` units: calls `f(units of the part, its piece of
+    /// `pieces`)` for each, as one region.
+    pub fn share<S: Split>(&self, units: usize, least: usize, pieces: S, f: impl Fn(Range<usize>, S) + Sync) {
+        /// More parts than this would not balance better on any number of threads that has so little to do.
+        const MOST: usize = 64;
+        let parts = (units / least.max(1)).min(4 * self.threads).clamp(1, MOST);
+        if parts == 1 || self.threads == 1 {
+            f(0..units, pieces);
+            return;
+        }
+        let start = |part: usize| part * units / parts;
+        let mut rest = Some(pieces);
+        let pieces: [Mutex<Option<S>>; MOST] = std::array::from_fn(|part| {
+            let piece = match rest.take() {
+                Some(all) if part + 1 < parts => {
+                    let (piece, others) = all.split_at(start(part + 1) - start(part));
+                    rest = Some(others);
+                    Some(piece)
+                }
+                last => last,
+            };
+            Mutex::new(piece)
+        });
+        self.run(parts, &|part| {
+            let piece = pieces[part].lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(piece) = piece {
+                f(start(part)..start(part + 1), piece);
+            }
+        });
+    }
+}
+
+/// What [`Team::share`] can cut in pieces.
+pub trait Split: Sized + Send {
+    /// The first `units` units, and the others.
+    fn split_at(self, units: usize) -> (Self, Self);
+}
+
+/// Lines of a matrix: its values, and how many a line has.
+pub struct Lines<'a>(pub &'a mut [f32], pub usize);
+
+impl Split for Lines<'_> {
+    fn split_at(self, units: usize) -> (Self, Self) {
+        let (first, others) = self.0.split_at_mut(units * self.1);
+        (Lines(first, self.1), Lines(others, self.1))
+    }
+}
+
+impl Split for ActsMut<'_> {
+    fn split_at(self, units: usize) -> (Self, Self) {
+        ActsMut::split_at(self, units)
+    }
+}
+
+impl<A: Split, B: Split> Split for (A, B) {
+    fn split_at(self, units: usize) -> (Self, Self) {
+        let ((a, others_a), (b, others_b)) = (self.0.split_at(units), self.1.split_at(units));
+        ((a, b), (others_a, others_b))
     }
 }
 
@@ -341,6 +415,51 @@ mod tests {
         }
         for t in 0..2 {
             (0..7).for_each(|c| assert_eq!(b[t * 7 + c], (100 + 10 * t + c) as f32));
+        }
+    }
+
+    #[test]
+    fn every_unit_is_shared_out_once() {
+        for threads in [1, 2, 5] {
+            let mut team = Team::new(threads).unwrap();
+            for (units, least) in [(0, 1), (1, 1), (7, 1), (7, 3), (100, 8), (1000, 1)] {
+                let (mut a, mut b) = (vec![0.0; units * 3], vec![0.0; units]);
+                team.enter(|team| {
+                    team.share(
+                        units,
+                        least,
+                        (Lines(&mut a, 3), Lines(&mut b, 1)),
+                        |range, (Lines(a, _), Lines(b, _))| {
+                            assert!(
+                                range.len() >= least.min(units) && a.len() == 3 * b.len() && b.len() == range.len()
+                            );
+                            for ((a, b), unit) in a.chunks_exact_mut(3).zip(b).zip(range) {
+                                a.iter_mut().for_each(|a| *a += unit as f32);
+                                *b += unit as f32;
+                            }
+                        },
+                    );
+                });
+                assert!((0..3 * units).all(|i| a[i] == (i / 3) as f32), "{threads} threads, {units} units");
+                assert!((0..units).all(|i| b[i] == i as f32), "{threads} threads, {units} units");
+            }
+        }
+    }
+
+    #[test]
+    fn a_grid_covers_every_value_once() {
+        let mut team = Team::new(2).unwrap();
+        for (lines, row, height, width) in [(5, 10, 2, 4), (1, 7, 3, 7), (9, 1, 9, 1), (0, 3, 1, 1)] {
+            let mut out = vec![0.0; lines * row];
+            team.enter(|team| {
+                team.grid(&mut out, row, height, width, |lines, columns, mut tile| {
+                    for (i, line) in lines.clone().enumerate() {
+                        assert_eq!(tile.row(i).len(), columns.len());
+                        tile.row(i).iter_mut().zip(columns.clone()).for_each(|(v, c)| *v += (line * row + c) as f32);
+                    }
+                });
+            });
+            assert!(out.iter().enumerate().all(|(i, v)| *v == i as f32), "{lines} x {row}");
         }
     }
 

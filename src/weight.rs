@@ -97,10 +97,20 @@ impl Weight {
 }
 
 /// The activations `x` — (tokens, cols) — as `weights` read them: quantized once if any of them wants int8.
-pub fn acts<'a>(ops: &Ops, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
+pub fn acts<'a>(ops: &Ops, team: &Team, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
+    /// Values that are scaled together, and how many such groups are worth another thread.
+    const GROUP: usize = 32;
+    const SOME: usize = 64;
     let cols = weights[0].cols;
     debug_assert!(weights.iter().all(|w| w.cols == cols));
-    if weights.iter().any(|w| w.quantized) { buf.quantize(ops, x, cols) } else { Acts::float(x, cols) }
+    if !weights.iter().any(|w| w.quantized) {
+        return Acts::float(x, cols);
+    }
+    // Groups know nothing of rows, so a single long row can be shared out as well.
+    team.share(x.len() / GROUP, SOME, buf.rows(x.len(), GROUP), |groups, out| {
+        out.quantize(ops, &x[groups.start * GROUP..groups.end * GROUP]);
+    });
+    buf.acts(x, cols)
 }
 
 /// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
@@ -109,17 +119,18 @@ fn tile_rows(rows: usize, threads: usize) -> usize {
     (rows / (8 * threads)).clamp(16, 512).next_multiple_of(16)
 }
 
-/// `outs[i] = x * weights[i]^T`, each (tokens, rows), as one region of the team.
-pub fn multiply<const N: usize>(team: &Team, x: &Acts, weights: [&Weight; N], outs: [&mut [f32]; N]) {
-    let mut index = 0;
-    let jobs = outs.map(|out| {
-        let weight = weights[index];
-        index += 1;
+/// A matrix product: out = activations · weightᵀ, (tokens, rows).
+pub type Product<'a> = (Acts<'a>, &'a Weight, &'a mut [f32]);
+
+/// Computes `products` as one region of the team.
+pub fn multiply<const N: usize>(team: &Team, products: [Product; N]) {
+    let inputs = products.each_ref().map(|(x, weight, _)| (*x, *weight));
+    let outs = products.map(|(x, weight, out)| {
         assert!(weight.cols == x.cols && out.len() == x.tokens * weight.rows, "shape");
         (out, weight.rows, tile_rows(weight.rows, team.threads()))
     });
-    team.tiles(jobs, |which, rows, mut tile| {
-        let weight = weights[which];
+    team.tiles(outs, |which, rows, mut tile| {
+        let (x, weight) = &inputs[which];
         let bytes = &weight.bytes[rows.start * weight.row_bytes..rows.end * weight.row_bytes];
         weight.kernel.matmul(bytes.into(), x, &mut tile);
     });

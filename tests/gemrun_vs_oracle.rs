@@ -205,7 +205,7 @@ fn rotation_at_large_positions() {
         table.fill(Rope { base, dims }, factors, positions.clone());
         let x: Vec<f32> = (0..dims * positions.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
         let mut ours = x.clone();
-        table.rotate(ops, &mut ours, 1, dims);
+        table.rotate(ops, &Team::new(1).unwrap(), &mut ours, 1, dims, 0);
         for (t, position) in positions.clone().enumerate() {
             let (x, ours) = (&x[t * dims..][..dims], &ours[t * dims..][..dims]);
             for i in 0..dims / 2 {

@@ -8,11 +8,12 @@ use std::fs;
 use std::path::Path;
 
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
-const LEVELS: [&[&str]; 8] = [
+const LEVELS: [&[&str]; 9] = [
     &["error"],
     &["gguf", "team"],
     &["config", "weight", "machine"],
     &["ops", "kv", "model"],
+    &["attend"],
     &["tokenizer", "sample", "forward"],
     &["template", "channel"],
     &["session", "registry"],

@@ -8,9 +8,12 @@ mod oracle;
 
 use common::golden;
 use common::run::{self, EXACT, INT8, Way};
+use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
-use gemrun::weight::Act;
+use gemrun::model::Model;
+use gemrun::team::Team;
+use gemrun::weight::{Act, Numerics};
 use gemrun_simd::Isa;
 use oracle::dequant::FORMATS;
 use oracle::synth::{self, Spec};
@@ -73,6 +76,38 @@ fn every_format_on_every_isa() {
                     assert!(bits(isa, batch) == expected, "{} {act:?} {isa:?} in chunks of {batch}", format.name);
                 }
             }
+        }
+    }
+}
+
+/// A prompt's tokens that stop early, at every size of chunk, leave the same cache: what follows has the bits of a run in
+/// which every token went all the way.
+#[test]
+fn the_prompt_shortcut_changes_nothing() {
+    for (name, ..) in RECORDED {
+        let gguf = Gguf::open(&golden::path(name, &format!("{name}-q4_0-pure.gguf")).unwrap()).unwrap();
+        let tokens = golden::tokens(name, 64);
+        let (prompt, generated) = tokens.split_at(60);
+        let vocab = Model::load(&gguf, &Numerics::default()).unwrap().config.vocab;
+        let all = run::logits(&gguf, &tokens, Way { kv: KvType::F16, ..INT8 });
+        for (shortcut, batch, threads) in [(true, 1, 1), (true, 7, 2), (true, 60, 3), (false, 60, 2), (false, 13, 1)] {
+            let model = Model::load(&gguf, &Numerics { act: Act::Int8, ..Numerics::default() }).unwrap();
+            let mut state = State::new(&model, KvType::F16, tokens.len(), batch).unwrap();
+            state.shortcut = shortcut;
+            Team::new(threads).unwrap().enter(|team| {
+                for (i, chunk) in prompt.chunks(batch).enumerate() {
+                    let end = i * batch + chunk.len();
+                    let want = if end == prompt.len() { Want::Last } else { Want::Nothing };
+                    let logits = forward(&model, team, &mut state, chunk, want).unwrap();
+                    let expected = if want == Want::Last { &all[(end - 1) * vocab..end * vocab] } else { &[] };
+                    assert!(logits == expected, "{name}: shortcut {shortcut}, chunks of {batch}: prompt");
+                }
+                for (at, token) in (prompt.len()..).zip(generated) {
+                    let logits = forward(&model, team, &mut state, &[*token], Want::Last).unwrap();
+                    let expected = &all[at * vocab..(at + 1) * vocab];
+                    assert!(logits == expected, "{name}: shortcut {shortcut}, chunks of {batch}: token {at}");
+                }
+            });
         }
     }
 }

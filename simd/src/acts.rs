@@ -13,6 +13,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::vec::Ops;
 
 /// Storage for quantised activations, reused from matmul to matmul.
@@ -133,6 +135,25 @@ impl<'a> Acts<'a> {
     pub fn float(x: &'a [f32], cols: usize) -> Acts<'a> {
         assert!(cols > 0 && x.len().is_multiple_of(cols), "{} activations: expected whole rows of {cols}", x.len());
         Acts { tokens: x.len() / cols, cols, x, q: &[], scale: &[], sums: &[] }
+    }
+
+    /// Those of some of the tokens.
+    ///
+    /// # Panics
+    /// If there are fewer tokens.
+    pub fn part(&self, tokens: Range<usize>) -> Acts<'a> {
+        fn lines<T>(values: &[T], all: usize, tokens: Range<usize>) -> &[T] {
+            let line = values.len().checked_div(all).unwrap_or(0);
+            &values[tokens.start * line..tokens.end * line]
+        }
+        Acts {
+            tokens: tokens.len(),
+            cols: self.cols,
+            x: lines(self.x, self.tokens, tokens.clone()),
+            q: lines(self.q, self.tokens, tokens.clone()),
+            scale: lines(self.scale, self.tokens, tokens.clone()),
+            sums: lines(self.sums, self.tokens, tokens),
+        }
     }
 
     /// Whether block formats can be multiplied with these.

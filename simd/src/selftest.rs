@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 use crate::half::{f16_to_f32, f32_to_f16};
+use crate::vec::KEYS;
 use crate::{Acts, ActsBuf, Format, Isa, Kernel, Layout, Ops, Rows, Tile, ops, select};
 
 /// A small generator of pseudo-random numbers (splitmix64): the same numbers from the same seed, everywhere.
@@ -256,6 +257,42 @@ impl Case {
     }
 }
 
+/// Scores of one, two and four queries of up to 300 dimensions.
+fn scores<T>(
+    n: usize,
+    rng: &mut Rng,
+    values: fn(&mut Rng, usize) -> Vec<T>,
+    f: impl Fn(&mut Tile, &[f32], &[T]),
+) -> Vec<f32> {
+    let dim = n.min(300);
+    let keys = values(rng, dim * KEYS);
+    let mut all = Vec::new();
+    for queries in [1, 2, 4] {
+        let mut out = vec![0.0; queries * KEYS];
+        f(&mut Tile::whole(&mut out, KEYS), &rng.values(queries * dim), &keys);
+        all.extend(out);
+    }
+    all
+}
+
+/// Sums of up to seven lines over 1 to [`KEYS`] positions, of lines of up to 300 dimensions all or all but three.
+fn weigh<T>(
+    n: usize,
+    rng: &mut Rng,
+    values: fn(&mut Rng, usize) -> Vec<T>,
+    f: impl Fn(&mut Tile, &[f32], usize, &[T], usize),
+) -> Vec<f32> {
+    let (dim, positions, lines) = (n.min(300), 1 + n % KEYS, 1 + n % 7);
+    let width = if n.is_multiple_of(2) { dim } else { dim.saturating_sub(3) };
+    if width == 0 {
+        return Vec::new();
+    }
+    let values = values(rng, (positions - 1) * dim + width);
+    let mut out = rng.values(lines * width);
+    f(&mut Tile::whole(&mut out, width), &rng.values(lines * positions), positions, &values, dim);
+    out
+}
+
 /// A function of [`Ops`] by name, and its results on `n` (or `2·n`) values of a generator.
 pub type Function = (&'static str, fn(&Ops, usize, &mut Rng) -> Vec<f32>);
 
@@ -263,7 +300,6 @@ pub type Function = (&'static str, fn(&Ops, usize, &mut Rng) -> Vec<f32>);
 pub const FUNCTIONS: &[Function] = &[
     ("dot", |ops, n, rng| vec![ops.dot(&rng.values(n), &rng.values(n))]),
     ("dot_pair", |ops, n, rng| ops.dot_pair(&rng.values(n), &rng.values(n), &rng.values(n)).to_vec()),
-    ("dot_f16", |ops, n, rng| vec![ops.dot_f16(&rng.values(n), &halves(rng, n))]),
     ("dot_f32_bytes", |ops, n, rng| {
         let w: Vec<u8> = rng.values(n).iter().flat_map(|w| w.to_le_bytes()).collect();
         vec![ops.dot_f32_bytes(&w, &rng.values(n))]
@@ -296,16 +332,12 @@ pub const FUNCTIONS: &[Function] = &[
         ops.scale(&mut x, rng.unit());
         x
     }),
-    ("axpy", |ops, n, rng| {
-        let mut x = rng.values(n);
-        ops.axpy(&mut x, rng.unit(), &rng.values(n));
-        x
+    ("scores_f32", |ops, n, rng| scores(n, rng, |rng, n| rng.values(n), |out, q, k| ops.scores_f32(out, q, k))),
+    ("scores_f16", |ops, n, rng| scores(n, rng, halves, |out, q, k| ops.scores_f16(out, q, k))),
+    ("weigh_f32", |ops, n, rng| {
+        weigh(n, rng, |rng, n| rng.values(n), |out, w, stride, v, dim| ops.weigh_f32(out, w, stride, v, dim))
     }),
-    ("axpy_f16", |ops, n, rng| {
-        let mut x = rng.values(n);
-        ops.axpy_f16(&mut x, rng.unit(), &halves(rng, n));
-        x
-    }),
+    ("weigh_f16", |ops, n, rng| weigh(n, rng, halves, |out, w, stride, v, dim| ops.weigh_f16(out, w, stride, v, dim))),
     ("softmax", |ops, n, rng| {
         let mut x = rng.values(n);
         ops.softmax(&mut x);
@@ -433,7 +465,7 @@ const RECORDED: &[(Format, u64)] = &[
 ];
 
 /// The same for the f32 functions.
-const RECORDED_OPS: u64 = 0xa776_e453_eda0_cc55;
+const RECORDED_OPS: u64 = 0xb7e8_be86_acc0_5b1c;
 
 #[cfg(test)]
 mod tests {

@@ -42,6 +42,17 @@ impl<'a> Tile<'a> {
         self.tokens
     }
 
+    /// Some of its tokens, as a tile of their own.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[inline(always)]
+    pub fn lines(&mut self, tokens: Range<usize>) -> Tile<'_> {
+        assert!(tokens.start <= tokens.end && tokens.end <= self.tokens, "tokens {tokens:?} of {}", self.tokens);
+        let base = self.base.wrapping_add(tokens.start * self.stride);
+        Tile { base, tokens: tokens.len(), stride: self.stride, rows: self.rows, owner: PhantomData }
+    }
+
     /// The outputs of token `t`, one for each row of the view.
     #[inline(always)]
     pub fn row(&mut self, t: usize) -> &mut [f32] {
@@ -79,21 +90,43 @@ impl<'a> Tiles<'a> {
         self.rows
     }
 
-    /// The view of `range`'s rows.
+    /// Tokens of the matrix.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The view of `rows` of all tokens.
     ///
     /// # Panics
     /// If the range does not lie within the matrix.
     ///
     /// # Safety
-    /// No other live tile of this matrix may overlap `range`.
-    pub unsafe fn tile(&self, range: Range<usize>) -> Tile<'a> {
-        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+    /// No other live tile of this matrix may overlap `rows`.
+    pub unsafe fn tile(&self, rows: Range<usize>) -> Tile<'a> {
+        // SAFETY: as the caller promises.
+        unsafe { self.part(0..self.tokens, rows) }
+    }
+
+    /// The view of `rows` of some tokens.
+    ///
+    /// # Panics
+    /// If the ranges do not lie within the matrix.
+    ///
+    /// # Safety
+    /// No other live tile of this matrix may overlap this one.
+    pub unsafe fn part(&self, tokens: Range<usize>, rows: Range<usize>) -> Tile<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(tokens.start <= tokens.end && tokens.end <= self.tokens, "tokens {tokens:?} of {}", self.tokens);
         Tile {
             // A matrix without tokens is an empty slice, whose pointer must stay where it is.
-            base: if self.tokens == 0 { self.base } else { self.base.wrapping_add(range.start) },
-            tokens: self.tokens,
+            base: if tokens.is_empty() {
+                self.base
+            } else {
+                self.base.wrapping_add(tokens.start * self.rows + rows.start)
+            },
+            tokens: tokens.len(),
             stride: self.rows,
-            rows: range.len(),
+            rows: rows.len(),
             owner: PhantomData,
         }
     }

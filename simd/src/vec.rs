@@ -11,9 +11,32 @@
 use crate::Isa;
 use crate::format::each;
 use crate::half::{bf16_to_f32, f16_to_f32, f32_to_f16};
+use crate::tile::Tile;
 
 /// Lanes of every f32 sum.
 pub const LANES: usize = 32;
+
+/// Keys that lie together, dimension by dimension: (dim, KEYS), the dimensions in [`key_order`].
+pub const KEYS: usize = 64;
+
+/// The order in which queries and keys of `dim` dimensions are stored for [`Ops::scores_f32`]: lane by lane, and the lanes
+/// in the order in which their sums are added.
+pub fn key_order(dim: usize) -> Vec<usize> {
+    (0..LANES).flat_map(|turn| (lane_in_turn(turn)..dim).step_by(LANES)).collect()
+}
+
+/// The tree adds lane l + 16 to lane l first, then l + 8, …: so neighbours are lanes whose numbers read backwards, as bits,
+/// are neighbours.
+#[inline(always)]
+const fn lane_in_turn(turn: usize) -> usize {
+    turn.reverse_bits() >> (usize::BITS - LANES.ilog2())
+}
+
+/// How many of `dim` elements go to `lane`.
+#[inline(always)]
+const fn lane_len(dim: usize, lane: usize) -> usize {
+    dim / LANES + (lane < dim % LANES) as usize
+}
 
 /// e^x, relative error below 3e-7; 0 below −87.33 (where f32 would become subnormal), infinite above 88.72.
 ///
@@ -70,6 +93,35 @@ pub(crate) trait Native {
     fn store(x: &[f32; 8]) -> [u16; 8];
     /// Adds lane l + 16 to lane l, then l + 8, l + 4, l + 2, l + 1.
     fn tree(lanes: [f32; LANES]) -> f32;
+}
+
+/// What keys and values may be stored as.
+trait Element: Copy {
+    fn load<H: Native>(x: &[Self; 8]) -> [f32; 8];
+    fn single(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<H: Native>(x: &[f32; 8]) -> [f32; 8] {
+        *x
+    }
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+}
+
+/// Bits of an IEEE half.
+impl Element for u16 {
+    #[inline(always)]
+    fn load<H: Native>(x: &[u16; 8]) -> [f32; 8] {
+        H::load(x)
+    }
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f16_to_f32(self)
+    }
 }
 
 struct Software;
@@ -146,24 +198,6 @@ mod body {
         [H::tree(lanes[0]), H::tree(lanes[1])]
     }
 
-    #[inline(always)]
-    pub fn dot_f16<H: Native>(q: &[f32], k: &[u16]) -> f32 {
-        let mut lanes = [0.0; LANES];
-        assert_eq!(q.len(), k.len());
-        let (q, q_tail) = q.as_chunks::<LANES>();
-        let (k, k_tail) = k.as_chunks::<LANES>();
-        for (q, k) in q.iter().zip(k) {
-            let k = widen::<H>(k);
-            for l in 0..LANES {
-                lanes[l] = q[l].mul_add(k[l], lanes[l]);
-            }
-        }
-        for (l, (q, k)) in q_tail.iter().zip(k_tail).enumerate() {
-            lanes[l] = q.mul_add(f16_to_f32(*k), lanes[l]);
-        }
-        H::tree(lanes)
-    }
-
     /// 1/√(mean square + eps).
     #[inline(always)]
     fn inverse_rms<H: Native>(x: &[f32], eps: f32) -> f32 {
@@ -218,28 +252,150 @@ mod body {
         }
     }
 
+    /// Scores of `R` queries against [`KEYS`] keys, eight times `V` keys in lanes.
+    ///
+    /// The sums of single lanes come in the order in which the tree adds them, so that few are kept: `partial[i]` is the sum
+    /// of 2^i lanes, waiting for the next 2^i, as a carry waits in a binary counter.
+    #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
     #[inline(always)]
-    pub fn axpy<H: Native>(out: &mut [f32], w: f32, v: &[f32]) {
-        assert_eq!(out.len(), v.len());
-        for (o, v) in out.iter_mut().zip(v) {
-            *o = w.mul_add(*v, *o);
+    fn scores<H: Native, T: Element, const R: usize, const V: usize>(out: &mut Tile, q: &[f32], keys: &[T]) {
+        for group in 0..KEYS / (8 * V) {
+            let (mut q, mut keys) = (q.as_chunks::<R>().0, keys.as_chunks::<KEYS>().0);
+            let dim = q.len();
+            let mut partial = [[[[0.0; 8]; V]; R]; LANES.ilog2() as usize + 1];
+            for turn in 0..LANES {
+                let n = lane_len(dim, lane_in_turn(turn));
+                let ((q_lane, q_rest), (k_lane, k_rest)) = (q.split_at(n), keys.split_at(n));
+                (q, keys) = (q_rest, k_rest);
+                let mut acc = [[[0f32; 8]; V]; R];
+                for (q, k) in q_lane.iter().zip(k_lane) {
+                    for v in 0..V {
+                        let k = T::load::<H>(&k.as_chunks().0[group * V + v]);
+                        for r in 0..R {
+                            for i in 0..8 {
+                                acc[r][v][i] = q[r].mul_add(k[i], acc[r][v][i]);
+                            }
+                        }
+                    }
+                }
+                let mut level = 0;
+                while turn >> level & 1 == 1 {
+                    for r in 0..R {
+                        for v in 0..V {
+                            for i in 0..8 {
+                                acc[r][v][i] += partial[level][r][v][i];
+                            }
+                        }
+                    }
+                    level += 1;
+                }
+                partial[level] = acc;
+            }
+            for (r, sums) in partial[LANES.ilog2() as usize].iter().enumerate() {
+                out.row(r)[8 * V * group..][..8 * V].copy_from_slice(sums.as_flattened());
+            }
         }
     }
 
     #[inline(always)]
-    pub fn axpy_f16<H: Native>(out: &mut [f32], w: f32, v: &[u16]) {
-        assert_eq!(out.len(), v.len());
-        let (out, out_tail) = out.as_chunks_mut::<8>();
-        let (v, v_tail) = v.as_chunks();
-        for (o, v) in out.iter_mut().zip(v) {
-            let v = H::load(v);
-            for l in 0..8 {
-                o[l] = w.mul_add(v[l], o[l]);
+    fn all_scores<H: Native, T: Element>(out: &mut Tile, q: &[f32], keys: &[T]) {
+        let (lines, dim) = (out.tokens(), keys.len() / KEYS);
+        assert!(out.rows() == KEYS && q.len() == lines * dim && keys.len() == dim * KEYS);
+        match lines {
+            4 => scores::<H, T, 4, 2>(out, q, keys),
+            2 => scores::<H, T, 2, 4>(out, q, keys),
+            1 => scores::<H, T, 1, 4>(out, q, keys),
+            _ => panic!("{lines} queries: expected 1, 2 or 4"),
+        }
+    }
+
+    #[inline(always)]
+    pub fn scores_f32<H: Native>(out: &mut Tile, q: &[f32], keys: &[f32]) {
+        all_scores::<H, _>(out, q, keys);
+    }
+
+    #[inline(always)]
+    pub fn scores_f16<H: Native>(out: &mut Tile, q: &[f32], keys: &[u16]) {
+        all_scores::<H, _>(out, q, keys);
+    }
+
+    /// Lines `first .. first + R` of the weighted sums, eight times `V` columns at a time.
+    #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
+    #[inline(always)]
+    fn weigh<H: Native, T: Element, const R: usize, const V: usize>(
+        out: &mut Tile,
+        first: usize,
+        weights: &[f32],
+        stride: usize,
+        values: &[T],
+        dim: usize,
+    ) {
+        let (width, positions) = (out.rows(), values.len().div_ceil(dim));
+        let mut w = [[0.0; KEYS]; R];
+        for (r, w) in w.iter_mut().enumerate() {
+            w[..positions].copy_from_slice(&weights[(first + r) * stride..][..positions]);
+        }
+        let vectors = width / (8 * V) * 8 * V;
+        for column in (0..vectors).step_by(8 * V) {
+            let mut acc = [[[0f32; 8]; V]; R];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                acc.as_flattened_mut().copy_from_slice(&out.row(first + r)[column..][..8 * V]);
+            }
+            for p in 0..positions.min(KEYS) {
+                let values = &values[p * dim + column..][..8 * V];
+                for v in 0..V {
+                    let values = T::load::<H>(&values.as_chunks().0[v]);
+                    for r in 0..R {
+                        for i in 0..8 {
+                            acc[r][v][i] = w[r][p].mul_add(values[i], acc[r][v][i]);
+                        }
+                    }
+                }
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                out.row(first + r)[column..][..8 * V].copy_from_slice(acc.as_flattened());
             }
         }
-        for (o, v) in out_tail.iter_mut().zip(v_tail) {
-            *o = w.mul_add(f16_to_f32(*v), *o);
+        for (r, w) in w.iter().enumerate() {
+            for (column, out) in out.row(first + r).iter_mut().enumerate().skip(vectors) {
+                for p in 0..positions.min(KEYS) {
+                    *out = w[p].mul_add(T::single(values[p * dim + column]), *out);
+                }
+            }
         }
+    }
+
+    #[inline(always)]
+    fn all_weigh<H: Native, T: Element>(out: &mut Tile, weights: &[f32], stride: usize, values: &[T], dim: usize) {
+        let (lines, width) = (out.tokens(), out.rows());
+        if values.is_empty() {
+            return;
+        }
+        let positions = values.len().div_ceil(dim);
+        assert!(positions <= KEYS && width <= dim && values.len() >= (positions - 1) * dim + width);
+        let mut line = 0;
+        while line < lines {
+            match lines - line {
+                4.. => weigh::<H, T, 4, 2>(out, line, weights, stride, values, dim),
+                2.. => weigh::<H, T, 2, 4>(out, line, weights, stride, values, dim),
+                _ => weigh::<H, T, 1, 4>(out, line, weights, stride, values, dim),
+            }
+            line += match lines - line {
+                4.. => 4,
+                2.. => 2,
+                _ => 1,
+            };
+        }
+    }
+
+    #[inline(always)]
+    pub fn weigh_f32<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[f32], dim: usize) {
+        all_weigh::<H, _>(out, weights, stride, values, dim);
+    }
+
+    #[inline(always)]
+    pub fn weigh_f16<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[u16], dim: usize) {
+        all_weigh::<H, _>(out, weights, stride, values, dim);
     }
 
     /// The largest element; NaN is passed over; −∞ if there is none.
@@ -473,8 +629,6 @@ macro_rules! functions {
             fn dot(a: &[f32], b: &[f32]) -> f32;
             /// Two dot products that share a side: Σ w·a and Σ w·b.
             fn dot_pair(w: &[f32], a: &[f32], b: &[f32]) -> [f32; 2];
-            /// Σ q·k with `k` as bits of IEEE halves.
-            fn dot_f16(q: &[f32], k: &[u16]) -> f32;
             /// Σ w·x with `w` as little-endian f32, unaligned.
             fn dot_f32_bytes(w: &[u8], x: &[f32]) -> f32;
             /// Σ w·x with `w` as little-endian halves, unaligned.
@@ -491,10 +645,16 @@ macro_rules! functions {
             fn add(out: &mut [f32], x: &[f32]);
             /// x *= f.
             fn scale(x: &mut [f32], f: f32);
-            /// out = fma(w, v, out).
-            fn axpy(out: &mut [f32], w: f32, v: &[f32]);
-            /// out = fma(w, v, out) with `v` as bits of IEEE halves.
-            fn axpy_f16(out: &mut [f32], w: f32, v: &[u16]);
+            /// out[r][p] = Σ q[r]·keys[p], with the bits of `dot`, for 1, 2 or 4 queries, stored (dim, queries), and [`KEYS`]
+            /// keys, stored (dim, KEYS), the dimensions of both in [`key_order`].
+            fn scores_f32(out: &mut Tile<'_>, q: &[f32], keys: &[f32]);
+            /// `scores_f32` with the keys as bits of IEEE halves.
+            fn scores_f16(out: &mut Tile<'_>, q: &[f32], keys: &[u16]);
+            /// out[r] = fma(weights[r][p], values[p], out[r]) for each position p in order. Lines of `weights` are `stride`
+            /// apart, those of `values` `dim`, at most [`KEYS`] of them, the last as short as out's.
+            fn weigh_f32(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[f32], dim: usize);
+            /// `weigh_f32` with the values as bits of IEEE halves.
+            fn weigh_f16(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u16], dim: usize);
             /// x = exp(x − max x) / Σ exp(x − max x). A NaN makes all of them NaN.
             fn softmax(x: &mut [f32]);
             /// gate = gelu(gate)·up, gelu(x) = 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))).

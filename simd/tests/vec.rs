@@ -4,7 +4,8 @@ mod common;
 
 use common::{Rng, same};
 use gemrun_simd::half::{f16_to_f32, f32_to_f16};
-use gemrun_simd::{ActsBuf, Isa, ops, selftest, vec};
+use gemrun_simd::vec::KEYS;
+use gemrun_simd::{ActsBuf, Isa, Tile, Tiles, ops, selftest, vec};
 
 /// Every function on every supported ISA for lengths around the 8 of a vector, the 32 lanes, and beyond.
 #[test]
@@ -107,9 +108,6 @@ fn against_f64() {
         let pairs = || x.iter().zip(&y).map(|(x, y)| *x as f64 * *y as f64);
         let size: f64 = pairs().map(f64::abs).sum();
         close(ops.dot(&x, &y), pairs().sum(), 1e-5 * size, "dot");
-        let h: Vec<u16> = y.iter().map(|y| f32_to_f16(*y)).collect();
-        let want = x.iter().zip(&h).map(|(x, h)| *x as f64 * f16_to_f32(*h) as f64).sum();
-        close(ops.dot_f16(&x, &h), want, 1e-5 * size + 1e-12, "dot_f16");
 
         let r = 1.0 / (x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / n as f64 + 1e-6).sqrt();
         let mut out = vec![0.0; n];
@@ -141,6 +139,63 @@ fn against_f64() {
         for i in 0..n {
             let want = 30.0 * (x[i] as f64 / 30.0).tanh();
             close(out[i], want, 1e-6 * want.abs() + 1e-30, "softcap");
+        }
+    }
+}
+
+/// Attention's two products by plain loops, for every number of queries, in both ways of storing the cache.
+#[test]
+fn attention_against_plain_loops() {
+    let mut rng = Rng(9);
+    for (dim, queries) in [(1, 1), (7, 2), (8, 4), (64, 4), (100, 1), (256, 2), (512, 4)] {
+        let (q, keys) = (rng.values(queries * dim), rng.values(dim * KEYS));
+        let halves: Vec<u16> = keys.iter().map(|k| f32_to_f16(*k)).collect();
+        let rounded: Vec<f32> = halves.iter().map(|h| f16_to_f32(*h)).collect();
+        let weights = rng.values(queries * KEYS);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            let ops = ops(isa);
+            for (half, keys) in [(false, &keys), (true, &rounded)] {
+                let mut out = vec![0.0; queries * KEYS];
+                let mut tile = Tile::whole(&mut out, KEYS);
+                if half {
+                    ops.scores_f16(&mut tile, &q, &halves)
+                } else {
+                    ops.scores_f32(&mut tile, &q, keys)
+                }
+                for (i, got) in out.iter().enumerate() {
+                    let (mut query, mut key) = (vec![0.0; dim], vec![0.0; dim]);
+                    for (row, d) in vec::key_order(dim).into_iter().enumerate() {
+                        (query[d], key[d]) = (q[row * queries + i / KEYS], keys[row * KEYS + i % KEYS]);
+                    }
+                    assert_eq!(*got, ops.dot(&query, &key), "{}: {queries} queries, {dim} dimensions", isa.name());
+                }
+                // The same numbers as values: KEYS positions of `dim`, in any split of positions and columns.
+                let mut whole = vec![0.5; queries * dim];
+                let mut tile = Tile::whole(&mut whole, dim);
+                let weigh = |tile: &mut Tile, weights: &[f32], values: std::ops::Range<usize>| match half {
+                    true => ops.weigh_f16(tile, weights, KEYS, &halves[values], dim),
+                    false => ops.weigh_f32(tile, weights, KEYS, &keys[values], dim),
+                };
+                weigh(&mut tile, &weights, 0..KEYS * dim);
+                for (i, got) in whole.iter().enumerate() {
+                    let mut want = 0.5f32;
+                    for p in 0..KEYS {
+                        want = weights[i / dim * KEYS + p].mul_add(keys[p * dim + i % dim], want);
+                    }
+                    assert_eq!(*got, want, "{}: {queries} queries, {dim} dimensions: {i}", isa.name());
+                }
+                let mut parts = vec![0.5; queries * dim];
+                for columns in [0..dim / 3, dim / 3..dim].into_iter().filter(|columns| !columns.is_empty()) {
+                    let tiles = Tiles::new(&mut parts, dim);
+                    // SAFETY: the only tile there is.
+                    let mut tile = unsafe { tiles.tile(columns.clone()) };
+                    for positions in [0..1, 1..40, 40..KEYS] {
+                        let values = positions.start * dim + columns.start..(positions.end - 1) * dim + columns.end;
+                        weigh(&mut tile, &weights[positions.start..], values);
+                    }
+                }
+                assert_eq!(whole, parts, "{}: {queries} queries, {dim} dimensions", isa.name());
+            }
         }
     }
 }
