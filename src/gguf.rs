@@ -22,8 +22,9 @@ pub mod write;
 use std::cmp::Ordering;
 use std::fmt;
 use std::ops::{Deref, Range};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::error::{Error, Result, printable};
 use map::Source;
@@ -73,6 +74,8 @@ pub struct Gguf(Arc<File>);
 
 struct File {
     name: String,
+    /// As it was opened; empty for what is not a file.
+    path: PathBuf,
     source: Source,
     version: u32,
     alignment: u64,
@@ -143,7 +146,7 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Gguf> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let source = Source::open(path, &name, MIN_FILE_BYTES)?;
-        Gguf::parse(name, source)
+        Gguf::parse(name, path.to_path_buf(), source)
     }
 
     /// A file compiled into the program. Nothing is copied.
@@ -151,7 +154,7 @@ impl Gguf {
     /// # Errors
     /// As for [`Gguf::open`].
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Gguf> {
-        Gguf::parse(name.to_string(), Source::Static(bytes))
+        Gguf::parse(name.to_string(), PathBuf::new(), Source::Static(bytes))
     }
 
     /// A file held in memory, for tests and for files that were just made.
@@ -159,10 +162,10 @@ impl Gguf {
     /// # Errors
     /// As for [`Gguf::open`].
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Gguf> {
-        Gguf::parse(name.to_string(), Source::Owned(bytes))
+        Gguf::parse(name.to_string(), PathBuf::new(), Source::Owned(bytes))
     }
 
-    fn parse(name: String, source: Source) -> Result<Gguf> {
+    fn parse(name: String, path: PathBuf, source: Source) -> Result<Gguf> {
         let header = Header::read(&name, source.bytes(), source.bytes().len() as u64)?;
         Ok(Gguf(Arc::new(File {
             version: header.version,
@@ -174,6 +177,7 @@ impl Gguf {
             header_end: header.end,
             data_start: header.data_start,
             name,
+            path,
             source,
         })))
     }
@@ -181,6 +185,11 @@ impl Gguf {
     /// The file's name without its folder, for messages.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// Where the file is and when it was last changed, as of its opening; `None` for bytes that are not a file.
+    pub fn origin(&self) -> Option<(&Path, SystemTime)> {
+        Some((&self.0.path, self.0.source.modified()?))
     }
 
     /// Size of the whole file in bytes.

@@ -10,6 +10,7 @@ pub mod kv;
 pub mod machine;
 pub mod model;
 pub mod ops;
+pub mod pack;
 pub mod registry;
 pub mod sample;
 pub mod session;

@@ -1,15 +1,18 @@
 //! A loaded model: every field is a tensor of the file, under the tensor's own name.
 //!
 //! Loading is looking up and checking: a tensor must exist, have the shape the hyper-parameters call for and a type its
-//! role allows. Matrices stay in the mapped file; only norms and scales, a few hundred kilobytes, are copied. Tensors
+//! role allows. Matrices stay in the mapped file, or in the mapped packed copy of it; only norms and scales, a few hundred
+//! kilobytes, are copied. Tensors
 //! the text model does not know (`v.*`, `a.*`, `mm.*`, redundant keys and values of sharing layers) are ignored.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use gemrun_simd::{Format, Ops};
+use gemrun_simd::{Format, Layout, Ops, interleave};
 
 use crate::config::{Config, LayerConfig};
 use crate::gguf::{Bytes, Gguf, Tensor};
+use crate::pack::Packed;
 use crate::weight::{Act, Numerics, Table, Weight};
 use crate::{Error, Result};
 
@@ -31,6 +34,8 @@ pub struct Model {
     pub ple: Option<PerLayerEmbedding>,
     /// First layer first.
     pub layers: Vec<Layer>,
+    /// Names of the matrices that a packed copy may hold.
+    interleavable: Vec<String>,
 }
 
 /// The model-wide tensors of per-layer embeddings.
@@ -126,20 +131,24 @@ pub struct LayerPle {
 impl Model {
     /// Looks up and checks every tensor of `gguf`; picks a kernel for each weight.
     pub fn load(gguf: &Gguf, numerics: &Numerics) -> Result<Model> {
+        Model::load_packed(gguf, None, numerics)
+    }
+
+    /// The same, with the matrices in `packed`, a copy of this very file, multiplied by in its order of bytes. Results are
+    /// the same.
+    pub fn load_packed(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<Model> {
         if numerics.act == Act::Static {
             let error =
                 format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
             return Err(Error::unsupported(error));
         }
         let config = Config::from_gguf(gguf)?;
-        let load = Loader { gguf, numerics };
+        let load = Loader { gguf, numerics, packed, interleavable: RefCell::default() };
         let Config { dim, vocab, .. } = config;
 
         let token_embd = load.table("token_embd.weight", vocab, dim)?;
-        let output = match gguf.tensor("output.weight") {
-            Some(_) => load.weight("output.weight", vocab, dim)?,
-            None => token_embd.as_weight(numerics),
-        };
+        let head = gguf.tensor("output.weight").map_or("token_embd.weight", |_| "output.weight");
+        let output = load.weight(head, vocab, dim)?;
         let rope_freqs = load.vector("rope_freqs.weight", config.rope_global.dims / 2)?;
         if let Some(bad) = rope_freqs.iter().find(|&&factor| factor <= 0.0) {
             return Err(load.wrong("rope_freqs.weight", format!("value {bad}"), "divisors above 0"));
@@ -154,7 +163,29 @@ impl Model {
         };
         let layers = (0..config.layers.len()).map(|il| load.layer(&config, il)).collect::<Result<Vec<_>>>()?;
         let output_norm = load.vector("output_norm.weight", dim)?;
-        Ok(Model { ops: numerics.ops(), token_embd, output, output_norm, rope_freqs, ple, layers, config })
+        let interleavable = load.interleavable.into_inner();
+        Ok(Model {
+            ops: numerics.ops(),
+            token_embd,
+            output,
+            output_norm,
+            rope_freqs,
+            ple,
+            layers,
+            interleavable,
+            config,
+        })
+    }
+
+    /// Names of the matrices a token is multiplied by whose format has an interleaved order and whose rows, also of every
+    /// part used on its own, come in eights: what a packed copy holds.
+    pub fn interleavable(&self) -> &[String] {
+        &self.interleavable
+    }
+
+    /// Whether any weight is read from a packed copy.
+    pub fn packed(&self) -> bool {
+        self.weights().any(|weight| weight.kernel().layout() == Layout::Interleaved)
     }
 
     /// Every weight a token is multiplied by; of experts, all.
@@ -215,6 +246,9 @@ impl Expert {
 struct Loader<'a> {
     gguf: &'a Gguf,
     numerics: &'a Numerics,
+    packed: Option<&'a Packed>,
+    /// Names met so far of matrices that may be packed.
+    interleavable: RefCell<Vec<String>>,
 }
 
 impl Loader<'_> {
@@ -226,7 +260,7 @@ impl Loader<'_> {
 
         let fused_name = name("attn_qkv.weight");
         let fused = match self.gguf.tensor(&fused_name) {
-            Some(_) => Some(self.weight(&fused_name, q_rows + 2 * kv_rows, dim)?),
+            Some(_) => Some(self.parts(&fused_name, &[dim, q_rows + 2 * kv_rows], &[q_rows, kv_rows])?),
             None => None,
         };
         let attn_q = match &fused {
@@ -256,7 +290,7 @@ impl Loader<'_> {
         let gate_up_name = name("ffn_gate_up.weight");
         let (ffn_gate, ffn_up) = match self.gguf.tensor(&gate_up_name) {
             Some(_) => {
-                let both = self.weight(&gate_up_name, 2 * c.ff, dim)?;
+                let both = self.parts(&gate_up_name, &[dim, 2 * c.ff], &[c.ff])?;
                 (both.slice(0..c.ff), both.slice(c.ff..2 * c.ff))
             }
             None => {
@@ -304,7 +338,7 @@ impl Loader<'_> {
         let fused_name = name("ffn_gate_up_exps.weight");
         let (gate, up, stride, up_at) = match self.gguf.tensor(&fused_name) {
             Some(_) => {
-                let both = self.experts(&fused_name, count, 2 * ff, dim)?;
+                let both = self.parts(&fused_name, &[dim, 2 * ff, count], &[ff])?;
                 (both.clone(), both, 2 * ff, ff)
             }
             None => {
@@ -381,13 +415,26 @@ impl Loader<'_> {
     }
 
     fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
-        let (format, bytes) = self.matrix(name, &[cols, rows])?;
-        Ok(Weight::new(format, bytes, rows, cols, self.numerics))
+        self.parts(name, &[cols, rows], &[rows])
     }
 
     fn experts(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight> {
-        let (format, bytes) = self.matrix(name, &[cols, rows, count])?;
-        Ok(Weight::new(format, bytes, rows * count, cols, self.numerics))
+        self.parts(name, &[cols, rows, count], &[rows])
+    }
+
+    /// A matrix of `dims`, fastest first, which will be cut into slices of so many rows as `parts` has.
+    fn parts(&self, name: &str, dims: &[usize], parts: &[usize]) -> Result<Weight> {
+        let (format, bytes) = self.matrix(name, dims)?;
+        let (cols, rows) = (dims[0], dims[1..].iter().product());
+        if format.interleaves() && parts.iter().all(|rows| rows.is_multiple_of(interleave::ROWS)) {
+            self.interleavable.borrow_mut().push(name.to_string());
+            let kernel = self.numerics.interleaved(format);
+            let packed = self.packed.zip(self.gguf.tensor(name)).and_then(|(packed, tensor)| packed.bytes(tensor));
+            if let (Some(bytes), Some(kernel)) = (packed, kernel) {
+                return Ok(Weight::interleaved(bytes, rows, cols, kernel));
+            }
+        }
+        Ok(Weight::new(format, bytes, rows, cols, self.numerics))
     }
 
     fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Table> {

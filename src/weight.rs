@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use gemrun_simd::{Acts, ActsBuf, Choice, Format, Kernel, Ops, dequant};
+use gemrun_simd::{Acts, ActsBuf, Choice, Format, Kernel, Layout, Ops, dequant, interleave, select_in};
 
 use crate::gguf::Bytes;
 use crate::team::Team;
@@ -46,9 +46,19 @@ impl Numerics {
             Act::Auto | Act::Static | Act::Int8 => self.kernel.kernel(format),
         }
     }
+
+    /// The kernel for `format` in interleaved order; `None` where only the file's own order will do: the format has no
+    /// other, f32 activations are wanted, or a kernel for the file's order was asked for by name.
+    pub fn interleaved(&self, format: Format) -> Option<&'static dyn Kernel> {
+        match self.kernel.only {
+            _ if self.act == Act::Float => None,
+            Some(only) if only.format() == format => Some(only).filter(|only| only.layout() == Layout::Interleaved),
+            _ => select_in(Layout::Interleaved, format, self.kernel.isa),
+        }
+    }
 }
 
-/// A (rows, cols) matrix to multiply by, in the file's own bytes.
+/// A (rows, cols) matrix to multiply by: the bytes of a mapped file, in the order its kernel reads.
 #[derive(Clone)]
 pub struct Weight {
     kernel: &'static dyn Kernel,
@@ -61,12 +71,24 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// A weight over `bytes`, which are exactly `rows` rows of `cols` values in `format`.
+    /// A weight over `bytes`, which are exactly `rows` rows of `cols` values in `format`, in the order of GGUF files.
     pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize, numerics: &Numerics) -> Weight {
+        let quantized = !format.is_float() && numerics.act != Act::Float;
+        Weight::over(bytes, rows, cols, numerics.kernel(format), quantized)
+    }
+
+    /// A weight over `bytes` in interleaved order, for a kernel [`Numerics::interleaved`] chose; `rows` is a multiple of
+    /// eight.
+    pub fn interleaved(bytes: Bytes, rows: usize, cols: usize, kernel: &'static dyn Kernel) -> Weight {
+        assert!(kernel.layout() == Layout::Interleaved && rows.is_multiple_of(interleave::ROWS), "{}", kernel.name());
+        Weight::over(bytes, rows, cols, kernel, true)
+    }
+
+    fn over(bytes: Bytes, rows: usize, cols: usize, kernel: &'static dyn Kernel, quantized: bool) -> Weight {
+        let format = kernel.format();
         let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
         assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
-        let quantized = !format.is_float() && numerics.act != Act::Float;
-        Weight { kernel: numerics.kernel(format), bytes, rows, cols, row_bytes, quantized }
+        Weight { kernel, bytes, rows, cols, row_bytes, quantized }
     }
 
     /// Output width.
@@ -90,7 +112,12 @@ impl Weight {
     }
 
     /// Some of the rows, as a weight of its own over the same bytes.
+    ///
+    /// # Panics
+    /// If the range cuts rows that are interleaved.
     pub fn slice(&self, rows: Range<usize>) -> Weight {
+        let unit = if self.kernel.layout() == Layout::Interleaved { interleave::ROWS } else { 1 };
+        assert!(rows.start.is_multiple_of(unit) && rows.end.is_multiple_of(unit), "{rows:?} of interleaved rows");
         let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes);
         Weight { bytes, rows: rows.len(), ..self.clone() }
     }
@@ -172,10 +199,5 @@ impl Table {
     /// Unpacks row `row` into `out`, exactly.
     pub fn look_up(&self, row: usize, out: &mut [f32]) {
         self.format.unpack_row(&self.bytes[row * self.row_bytes..(row + 1) * self.row_bytes], out);
-    }
-
-    /// The same matrix as something to multiply by: a tied output head.
-    pub fn as_weight(&self, numerics: &Numerics) -> Weight {
-        Weight::new(self.format, self.bytes.clone(), self.rows, self.cols, numerics)
     }
 }

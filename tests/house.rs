@@ -12,6 +12,7 @@ const LEVELS: [&[&str]; 9] = [
     &["error"],
     &["gguf", "team"],
     &["config", "weight", "machine"],
+    &["pack"],
     &["ops", "kv", "model"],
     &["attend"],
     &["tokenizer", "sample", "forward"],

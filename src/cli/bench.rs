@@ -20,7 +20,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::Result;
-use super::open::{self, Compute, Loaded, check_threads, default_threads};
+use super::open::{Compute, Loaded, check_threads, default_threads};
 
 /// Measure prompt and generation speed
 #[derive(Args)]
@@ -112,14 +112,14 @@ impl Measured {
 
 impl Bench {
     pub fn run(self) -> Result {
-        let (kv, batch, numerics) = (self.compute.kv(KvType::F16)?, self.compute.batch()?, self.compute.numerics()?);
+        let (kv, batch) = (self.compute.kv(KvType::F16)?, self.compute.batch()?);
         if !(1..=1000).contains(&self.repetitions) {
             return Err(Error::usage(format!("repetitions: {}: expected 1 to 1000", self.repetitions)).into());
         }
         let threads = if self.threads.is_empty() { vec![default_threads()] } else { self.threads.clone() };
         threads.iter().try_for_each(|&threads| check_threads(threads).map(drop))?;
         let tests = self.tests(&threads);
-        let loaded = open::load(&self.model, &numerics)?;
+        let loaded = self.compute.load(&self.model)?;
         let longest = tests.iter().map(|test| test.depth.saturating_add(test.tokens())).max().unwrap_or(0);
         let trained = loaded.model.config.context;
         if longest > trained {

@@ -20,7 +20,7 @@ use gemrun::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::open::{self, ActArg, Compute, Loaded, Threads};
+use super::open::{ActArg, Compute, Loaded, Threads};
 use super::{Result, text};
 
 /// Measure what a model computes: raw logits, perplexity, divergence
@@ -242,9 +242,8 @@ struct Runner {
 
 impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
-        let (kv, batch, threads, numerics) =
-            (compute.kv(KvType::F32)?, compute.batch()?, threads.count()?, compute.numerics()?);
-        Ok(Runner { loaded: open::load(model, &numerics)?, team: Team::new(threads)?, kv, batch })
+        let (kv, batch, threads) = (compute.kv(KvType::F32)?, compute.batch()?, threads.count()?);
+        Ok(Runner { loaded: compute.load(model)?, team: Team::new(threads)?, kv, batch })
     }
 
     fn vocab(&self) -> usize {

@@ -8,6 +8,7 @@ mod chat;
 mod doctor;
 mod eval;
 mod open;
+mod pack;
 mod run;
 mod selftest;
 mod show;
@@ -54,6 +55,7 @@ enum Command {
     Template(template::Template),
     Eval(eval::Eval),
     Bench(bench::Bench),
+    Pack(pack::Pack),
     Doctor(doctor::Doctor),
     Selftest(selftest::Selftest),
 }
@@ -111,6 +113,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Template(template)) => template.run(),
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
+        Some(Command::Pack(pack)) => pack.run(),
         Some(Command::Doctor(doctor)) => doctor.run(),
         Some(Command::Selftest(selftest)) => selftest.run(),
     }

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
+use gemrun::pack::{self, Found, Packed};
 use gemrun::registry::{self, Registry, Source};
 use gemrun::session;
 use gemrun::team::MAX_THREADS;
@@ -17,6 +18,9 @@ use gemrun::weight::{Act, Numerics};
 use gemrun::{Error, Result};
 
 use gemrun::machine;
+use gemrun_simd::Layout;
+
+use super::terminal::eprintln_quietly;
 
 /// `--threads`, which never changes a result.
 #[derive(Args, Clone)]
@@ -70,6 +74,9 @@ pub struct Compute {
     /// Tokens of a prompt computed at once
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch: usize,
+    /// Read the file alone, not its packed copy; slower, same results
+    #[arg(long)]
+    no_packed: bool,
 }
 
 /// `--kv`.
@@ -162,14 +169,18 @@ pub fn check_threads(threads: usize) -> Result<usize> {
     }
 }
 
+/// What `model` stands for.
+pub fn source(model: &OsStr) -> Result<Source> {
+    // A name that is not UTF-8 can only be a path.
+    match model.to_str() {
+        Some(name) => Registry::builtin()?.find(name, registry::home().as_deref()),
+        None => Ok(Source::File(PathBuf::from(model))),
+    }
+}
+
 /// Opens what `model` stands for.
 pub fn gguf(model: &OsStr) -> Result<Gguf> {
-    // A name that is not UTF-8 can only be a path.
-    let source = match model.to_str() {
-        Some(name) => Registry::builtin()?.find(name, registry::home().as_deref())?,
-        None => Source::File(PathBuf::from(model)),
-    };
-    match source {
+    match source(model)? {
         Source::File(path) => Gguf::open(&path),
         Source::Embedded(name) => Gguf::from_static(&name, registry::DEMO),
     }
@@ -197,27 +208,51 @@ pub struct Times {
     pub load: Duration,
 }
 
-/// Opens and loads `model`.
-pub fn load(model: &OsStr, numerics: &Numerics) -> Result<Loaded> {
-    let start = Instant::now();
-    let gguf = gguf(model)?;
-    let map = start.elapsed();
-    let (model, tokenizer) = parts(&gguf, numerics)?;
-    Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
+impl Compute {
+    /// Opens and loads `model`, with its packed copy if there is one.
+    pub fn load(&self, model: &OsStr) -> Result<Loaded> {
+        let numerics = self.numerics()?;
+        let start = Instant::now();
+        let gguf = gguf(model)?;
+        let packed = self.packed(&gguf, model);
+        if let Some(only) = numerics.kernel.only.filter(|only| only.layout() == Layout::Interleaved)
+            && packed.is_none()
+        {
+            let error = format!("kernel: {}: reads packed copies, and there is none of {}", only.name(), gguf.name());
+            return Err(Error::unsupported(error));
+        }
+        let map = start.elapsed();
+        let (model, tokenizer) = parts(&gguf, packed.as_ref(), &numerics)?;
+        Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
+    }
+
+    /// The packed copy to use. One that cannot be used is said to be so: the file itself will do.
+    fn packed(&self, gguf: &Gguf, model: &OsStr) -> Option<Packed> {
+        let store = registry::home().filter(|_| !self.no_packed && self.act != ActArg::Float)?;
+        match pack::find(&store, gguf) {
+            Found::Copy(packed) => Some(packed),
+            Found::Nothing => None,
+            Found::Unusable(why) => {
+                let model = gemrun::error::printable(&model.to_string_lossy());
+                eprintln_quietly(format_args!("note: packed copy not used: {why}: renew it with gemrun pack {model}"));
+                None
+            }
+        }
+    }
 }
 
 /// Why `run` would refuse this file, if it would.
 pub fn check(gguf: &Gguf) -> Result<()> {
-    parts(gguf, &Numerics::default())?;
+    parts(gguf, None, &Numerics::default())?;
     session::recommended(gguf)?;
     Template::from_gguf(gguf).map(drop)
 }
 
 /// Model and tokenizer of a file. The tokenizer is built on another thread while the tensors are looked up.
-fn parts(gguf: &Gguf, numerics: &Numerics) -> Result<(Model, Tokenizer)> {
+fn parts(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<(Model, Tokenizer)> {
     let (model, tokenizer) = std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| tokenizer(gguf));
-        let model = Model::load(gguf, numerics);
+        let model = Model::load_packed(gguf, packed, numerics);
         (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     // Of two errors the one about the model says more.

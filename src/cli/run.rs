@@ -22,7 +22,7 @@ use gemrun::template::Template;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::open::{self, Compute, Loaded, Threads};
+use super::open::{Compute, Loaded, Threads};
 use super::terminal::{Shown, Style, eprintln_quietly};
 use super::{Result, chat, text};
 
@@ -109,11 +109,10 @@ impl Run {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
         let (kv, batch, threads) = (self.compute.kv(KvType::F16)?, self.compute.batch()?, self.threads.count()?);
-        let numerics = self.compute.numerics()?;
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
 
-        let loaded = open::load(&self.model, &numerics)?;
+        let loaded = self.compute.load(&self.model)?;
         let context = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(loaded.model.config.context));
         let sampling = self.sampling(session::recommended(&loaded.gguf)?);
         let options = Options {
@@ -239,6 +238,7 @@ impl Talk<'_> {
             "act": act,
             "threads": options.threads,
             "kernels": self.loaded.model.kernels(),
+            "packed": self.loaded.model.packed(),
             "peak_rss_bytes": machine::peak_rss(),
         })
     }
@@ -372,7 +372,7 @@ impl Shower {
 }
 
 /// A flag that Ctrl-C sets. While it is set, another Ctrl-C ends the program at once.
-fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let sigint = signal_hook::consts::SIGINT;
     // Order matters: the first Ctrl-C must find the flag unset when this one looks at it.

@@ -10,6 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::path::Path;
+use std::time::SystemTime;
 
 use memmap2::Mmap;
 
@@ -47,7 +48,15 @@ impl Source {
                 meta.len()
             )));
         }
-        Mapping::new(&file, name).map(Source::Mapped).map_err(|e| Error::io(path, &e))
+        Mapping::new(&file, name, meta.modified().ok()).map(Source::Mapped).map_err(|e| Error::io(path, &e))
+    }
+
+    /// When the file was last changed, as of its opening; `None` for what is not a file.
+    pub(super) fn modified(&self) -> Option<SystemTime> {
+        match self {
+            Source::Mapped(mapping) => mapping.modified,
+            Source::Static(_) | Source::Owned(_) => None,
+        }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -86,12 +95,13 @@ impl Source {
 /// A read-only map of a whole file, known to the SIGBUS handler while it lives.
 pub(super) struct Mapping {
     map: Mmap,
+    modified: Option<SystemTime>,
     #[cfg(unix)]
     slot: Option<usize>,
 }
 
 impl Mapping {
-    fn new(file: &File, name: &str) -> std::io::Result<Mapping> {
+    fn new(file: &File, name: &str, modified: Option<SystemTime>) -> std::io::Result<Mapping> {
         // SAFETY: the map is read-only and private to this value. Another process may still write to the file: the
         // bytes may then change under a reader. All reads of it treat the bytes as plain integers, every length read
         // from it is copied out before it is checked, and a shrinking file ends in the SIGBUS handler.
@@ -102,6 +112,7 @@ impl Mapping {
         let _ = name;
         Ok(Mapping {
             map,
+            modified,
             #[cfg(unix)]
             slot,
         })
