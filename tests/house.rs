@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
-const LEVELS: [&[&str]; 9] = [
+const LEVELS: [&[&str]; 10] = [
     &["error"],
     &["gguf", "team"],
     &["config", "weight", "machine"],

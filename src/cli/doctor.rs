@@ -16,6 +16,7 @@ use gemrun::machine::memory::Memory;
 use gemrun::machine::speed::{self, Buffer};
 use gemrun::machine::storage::{self, Storage};
 use gemrun::machine::{Machine, Root, ranges};
+use gemrun::pack;
 use gemrun::registry;
 use gemrun_simd::{Choice, Format, Isa};
 use serde_json::{Value, json};
@@ -67,6 +68,8 @@ struct Report {
     /// Products of bytes a second, with all threads.
     int8: Option<f64>,
     place: Option<Place>,
+    /// Packed copies of models.
+    packed: Vec<pack::Entry>,
 }
 
 /// Bytes a second at which memory is read.
@@ -90,6 +93,10 @@ impl Doctor {
     pub fn run(self) -> Result {
         let (choice, threads) = (self.kernel.choice()?, self.threads.count()?);
         let directory = registry::home().map(|home| home.join("models"));
+        let packed = match (&self.root, registry::home()) {
+            (None, Some(home)) => pack::list(&home),
+            _ => Vec::new(),
+        };
         // Memory is read first, so that frequencies and temperatures are those of a machine at work.
         let (bandwidth, int8, root, place) = match self.root {
             None => {
@@ -106,7 +113,7 @@ impl Doctor {
             }
         };
         let machine = Machine::read(&root);
-        let report = Report { machine, choice, asked: self.kernel.asked(), threads, bandwidth, int8, place };
+        let report = Report { machine, choice, asked: self.kernel.asked(), threads, bandwidth, int8, place, packed };
         let mut out = std::io::stdout().lock();
         if self.json {
             writeln!(out, "{:#}", report.json())?;
@@ -200,6 +207,9 @@ impl Report {
         if let Some(place) = &self.place {
             line("storage", place_text(place))?;
         }
+        for copy in &self.packed {
+            line("packed", packed_text(copy))?;
+        }
         line("cooling", cooling_text(&machine.cooling))?;
 
         let advice = self.advice();
@@ -273,6 +283,7 @@ impl Report {
                 "clusters": machine.cores.clusters.iter().map(cluster).collect::<Vec<_>>(),
             },
             "storage": self.place.as_ref().map(place_json),
+            "packed": self.packed.iter().map(packed_json).collect::<Vec<_>>(),
             "cooling": cooling_json(&machine.cooling),
             "advice": self.advice(),
         })
@@ -392,6 +403,24 @@ fn place_json(place: &Place) -> Value {
         "model": storage.and_then(|s| s.model.as_ref()),
         "free_bytes": place.free,
         "read_mb_s": place.speed.map(|speed| rounded(speed / 1e6)),
+    })
+}
+
+/// `/models/x.gguf: 1.38 GB`.
+fn packed_text(copy: &pack::Entry) -> String {
+    let of = copy.source.as_ref().unwrap_or(&copy.path).display().to_string();
+    let (of, size) = (gemrun::error::printable(&of), copy.bytes as f64 / 1e9);
+    let trouble = copy.trouble.as_ref().map(|why| format!(", not used: {why}")).unwrap_or_default();
+    format!("{of}: {size:.2} GB{trouble}")
+}
+
+fn packed_json(copy: &pack::Entry) -> Value {
+    json!({
+        "path": copy.path.to_string_lossy(),
+        "bytes": copy.bytes,
+        "source": copy.source.as_ref().map(|path| path.to_string_lossy()),
+        "usable": copy.trouble.is_none(),
+        "trouble": copy.trouble.as_ref().map(ToString::to_string),
     })
 }
 
@@ -527,6 +556,19 @@ fn advice(report: &Report, bits: u32) -> Vec<String> {
         say(format!("the processor has slowed down for heat {count} times since the start"));
     }
 
+    for copy in report.packed.iter().filter(|copy| copy.trouble.is_some()) {
+        let of = copy.source.as_ref().map(|path| gemrun::error::printable(&path.display().to_string()));
+        let size = copy.bytes as f64 / 1e9;
+        say(match of {
+            Some(of) => format!(
+                "a packed copy of {size:.2} GB is not used: gemrun pack {of} renews it, gemrun pack {of} --drop removes it"
+            ),
+            None => format!(
+                "{} takes {size:.2} GB and is not a packed copy of anything: remove it",
+                gemrun::error::printable(&copy.path.display().to_string())
+            ),
+        });
+    }
     if let Some(place) = &report.place {
         if let Some(free) = place.free.filter(|free| *free < LITTLE_DISK) {
             say(format!("{:.1} GB are free where models are kept: e2b has 3.35 GB", free as f64 / 1e9));

@@ -4,6 +4,7 @@ use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
+use gemrun::pack::Packed;
 use gemrun::team::Team;
 use gemrun::weight::{Act, Numerics};
 use gemrun_simd::{Choice, Isa};
@@ -27,14 +28,19 @@ pub const EXACT: Way = Way { act: Act::Float, kv: KvType::F32, batch: 64, thread
 /// What a user gets, but for the f16 cache.
 pub const INT8: Way = Way { act: Act::Auto, ..EXACT };
 
-fn load(gguf: &Gguf, way: Way) -> Model {
+fn load(gguf: &Gguf, packed: Option<&Packed>, way: Way) -> Model {
     let kernel = Choice { isa: way.isa.unwrap_or(Isa::best()), ..Choice::default() };
-    Model::load(gguf, &Numerics { act: way.act, kernel }).unwrap()
+    Model::load_packed(gguf, packed, &Numerics { act: way.act, kernel }).unwrap()
 }
 
 /// Logits of every position: (tokens, vocab).
 pub fn logits(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<f32> {
-    let model = load(gguf, way);
+    logits_packed(gguf, None, tokens, way)
+}
+
+/// The same with a packed copy of the file.
+pub fn logits_packed(gguf: &Gguf, packed: Option<&Packed>, tokens: &[u32], way: Way) -> Vec<f32> {
+    let model = load(gguf, packed, way);
     let mut state = State::new(&model, way.kv, tokens.len(), way.batch).unwrap();
     let mut logits = Vec::new();
     Team::new(way.threads).unwrap().enter(|team| {
@@ -48,7 +54,7 @@ pub fn logits(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<f32> {
 /// Hidden states of all tokens as one chunk, (layers + 2, tokens · dim): the scaled embedding, each layer's output, the
 /// output of the final norm.
 pub fn hidden(gguf: &Gguf, tokens: &[u32], way: Way) -> Vec<Vec<f32>> {
-    let model = load(gguf, way);
+    let model = load(gguf, None, way);
     let mut state = State::new(&model, way.kv, tokens.len(), tokens.len()).unwrap();
     let (sender, seen) = mpsc::channel();
     state.tap = Some(Box::new(move |tensor, _, values| {
