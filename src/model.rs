@@ -197,9 +197,17 @@ impl Model {
             .chain([&self.output])
     }
 
-    /// The kernel of each weight format in use, by the format's name.
+    /// The kernel of each weight format in use, by the format's name. If not all matrices of a format are packed, the kernel
+    /// that reads more bytes.
     pub fn kernels(&self) -> BTreeMap<&'static str, &'static str> {
-        self.weights().map(|w| (w.kernel().format().name(), w.kernel().name())).collect()
+        let mut bytes = BTreeMap::new();
+        for weight in self.weights() {
+            let kernel = weight.kernel();
+            *bytes.entry((kernel.format().name(), kernel.name())).or_insert(0) += weight.bytes();
+        }
+        let mut by_bytes: Vec<_> = bytes.into_iter().collect();
+        by_bytes.sort_by_key(|&(_, bytes)| bytes);
+        by_bytes.into_iter().map(|(names, _)| names).collect()
     }
 
     /// Bytes of weights that one generated token reads: every matrix once, of experts only those a token is sent to,

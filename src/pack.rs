@@ -21,7 +21,7 @@
 
 use std::cell::RefCell;
 use std::fs::{self, File, TryLockError};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -47,6 +47,9 @@ const I8: u32 = 24;
 const DIGEST_BYTES: usize = 32;
 /// Read and written at a time, about.
 const PIECE: usize = 1 << 20;
+/// The most that eight rows may have. Those of the largest model have 200 KB; a file full of holes can claim gigabytes, which
+/// would have to be held in memory.
+const MAX_GROUP: usize = 64 << 20;
 /// Written before the disk is waited for: progress that is shown has been made, and the end is not a long wait.
 const SYNC: usize = 64 << 20;
 /// Matrices of which a block is compared with the source when a copy is opened. That tells two models apart whose sizes,
@@ -267,11 +270,16 @@ impl Packed {
 /// The format of a tensor whose rows can be interleaved.
 fn format(tensor: &Tensor) -> Option<Format> {
     let format = Format::from_ggml(tensor.type_id).filter(|format| format.interleaves())?;
-    rows(tensor).is_multiple_of(ROWS).then_some(format)
+    (rows(tensor).is_multiple_of(ROWS) && group_bytes(tensor) <= MAX_GROUP).then_some(format)
 }
 
 fn rows(tensor: &Tensor) -> usize {
     tensor.dims[1..].iter().map(|&n| n as usize).product()
+}
+
+/// Bytes of the rows that are interleaved with each other.
+fn group_bytes(tensor: &Tensor) -> usize {
+    tensor.bytes as usize / rows(tensor) * ROWS
 }
 
 /// Digest of everything before the data: the header and the zeros behind it.
@@ -306,7 +314,10 @@ impl<'a, 'p> Reader<'a, 'p> {
             return Err(Error::new(Kind::Interrupted, "interrupted"));
         }
         self.buf.resize(len, 0);
-        self.file.read_exact(&mut self.buf).map_err(|e| Error::io(&self.path, &e))?;
+        self.file.read_exact(&mut self.buf).map_err(|e| match e.kind() {
+            ErrorKind::UnexpectedEof => Error::invalid(format!("{}: cut short while it was read", self.path.display())),
+            _ => Error::io(&self.path, &e),
+        })?;
         self.hash.update(&self.buf);
         (self.at, self.done) = (self.at.saturating_add(len as u64), self.done.saturating_add(len as u64));
         Ok(&self.buf)
@@ -455,7 +466,7 @@ fn write_file(
             }
             let mut reader = reader.borrow_mut();
             reader.skip_to(source.data_start().saturating_add(tensor.offset))?;
-            let group = tensor.bytes as usize / rows(tensor) * ROWS;
+            let group = group_bytes(tensor);
             let pieces = (PIECE / group).max(1) * group;
             let mut left = tensor.bytes as usize;
             let mut interleaved = vec![0; pieces.min(left)];
@@ -518,18 +529,17 @@ fn stem(path: &Path) -> String {
 /// # Errors
 /// [`Kind::Other`] if another process is packing or a file cannot be removed.
 pub fn remove(store: &Path, path: &Path) -> Result<Vec<PathBuf>> {
+    let directory = directory(store);
+    if !directory.is_dir() {
+        return Ok(Vec::new());
+    }
+    let _lock = lock(&directory)?;
+    remove_unfinished(&directory);
     let own = Gguf::open(path).ok().and_then(|source| Identity::of(&source)).map(|identity| identity.suffix());
     let path = place(path);
-    let copies: Vec<PathBuf> = files(store)
-        .into_iter()
-        .filter(|copy| own.as_ref().is_some_and(|own| ends_with(copy, own)) || made_from(copy, &path))
-        .collect();
-    if !copies.is_empty() {
-        let directory = directory(store);
-        let _lock = lock(&directory)?;
-        remove_unfinished(&directory);
-        copies.iter().try_for_each(|copy| fs::remove_file(copy).map_err(|e| Error::io(copy, &e)))?;
-    }
+    let of_it = |copy: &PathBuf| own.as_ref().is_some_and(|own| ends_with(copy, own)) || made_from(copy, &path);
+    let copies: Vec<PathBuf> = files(store).into_iter().filter(of_it).collect();
+    copies.iter().try_for_each(|copy| fs::remove_file(copy).map_err(|e| Error::io(copy, &e)))?;
     Ok(copies)
 }
 

@@ -369,6 +369,38 @@ fn a_copy_cut_short_is_never_used() {
     }
 }
 
+/// A header that fits its digest and says something else: read as far as it goes, and used only if nothing a product needs
+/// is different.
+#[test]
+fn a_forged_header_does_no_harm() {
+    let place = Place::of(&Spec { layers: "SF", shared: 0, ..spec() });
+    let path = place.pack();
+    let (original, source) = (fs::read(&path).unwrap(), place.source());
+    let copy = Gguf::open(&path).unwrap();
+    let (header, start) = (copy.header_bytes().len(), copy.data_start() as usize);
+    let digest = start + copy.tensor("pack.sha256").unwrap().offset as usize + 32;
+    drop(copy);
+    let (mut used, mut refused) = (0, 0);
+    for at in 0..header {
+        for flip in [1, 2, 0x10, 0x80] {
+            let mut forged = original.clone();
+            forged[at] ^= flip;
+            let hash: [u8; 32] = Sha256::digest(&forged[..start]).into();
+            forged[digest..digest + 32].copy_from_slice(&hash);
+            overwrite(&path, 0, &forged[..start]);
+            overwrite(&path, digest as u64, &hash);
+            match pack::find(&place.store(), &source) {
+                Found::Copy(packed) => {
+                    used += 1;
+                    Model::load_packed(&source, Some(&packed), &Numerics::default()).unwrap();
+                }
+                Found::Nothing | Found::Unusable(_) => refused += 1,
+            }
+        }
+    }
+    assert!(used > 100 && refused > 1000, "{used} used, {refused} refused");
+}
+
 #[test]
 fn damaged_data_is_found_when_looked_for() {
     let place = Place::of(&spec());
@@ -450,6 +482,40 @@ fn what_is_left_half_written_is_not_a_copy() {
     place.pack();
     assert_eq!(place.names(), ["lock", path.file_name().unwrap().to_str().unwrap()]);
     place.copy();
+    fs::write(path.with_file_name("other.part"), "half a").unwrap();
+    assert_eq!(pack::remove(&place.store(), &place.model()).unwrap(), [path]);
+    assert_eq!(place.names(), ["lock"]);
+}
+
+/// The same with real signals. Holes at the end of the model make the work long enough to be stopped.
+#[cfg(unix)]
+#[test]
+fn signals_leave_no_copy() {
+    let place = Place::of(&spec());
+    File::options().write(true).open(place.model()).unwrap().set_len(64 << 30).unwrap();
+    for (signal, code) in [("-KILL", None), ("-TERM", None), ("-INT", Some(130))] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gemrun"));
+        command.args(["pack", "model.gguf"]).env("GEMRUN_HOME", place.store()).current_dir(place.folder.path());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let unfinished = |name: &String| name.starts_with("model-") && name.ends_with(".part");
+        let path = loop {
+            if let Some(name) = place.names().into_iter().find(unfinished) {
+                break pack::directory(&place.store()).join(name);
+            }
+            assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let kill = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+        assert_eq!(child.wait().unwrap().code(), code, "{signal}");
+        assert!(!place.names().iter().any(|name| name.ends_with(".gguf")), "{signal}");
+        assert!(matches!(place.found(), Found::Nothing));
+        assert_eq!(path.exists(), code.is_none());
+        if path.exists() {
+            fs::rename(&path, path.with_file_name("left.part")).unwrap();
+        }
+    }
+    assert_eq!(place.names(), ["lock"], "what was left goes with the next");
 }
 
 #[test]
@@ -529,6 +595,39 @@ fn the_command_packs_checks_and_drops() {
     fs::rename(place.model(), place.folder.path().join("kept")).unwrap();
     assert_eq!(line(&["pack", "model.gguf", "--drop"], 0), format!("removed {path}"));
     assert_eq!(place.names(), ["lock"]);
+}
+
+#[test]
+fn the_doctor_lists_copies_and_their_troubles() {
+    let place = Place::of(&spec());
+    let doctor = |place: &Place| {
+        let report: serde_json::Value =
+            serde_json::from_str(&ended(place.gemrun(&["doctor", "--json", "-t", "1"]), 0).0).unwrap();
+        let advice: Vec<String> = report["advice"].as_array().unwrap().iter().map(|line| line.to_string()).collect();
+        (report["packed"].clone(), advice.into_iter().filter(|line| line.contains("packed copy")).collect::<Vec<_>>())
+    };
+    assert_eq!(doctor(&place), (serde_json::json!([]), vec![]));
+
+    let path = place.pack();
+    let model = fs::canonicalize(place.model()).unwrap();
+    let (copies, advice) = doctor(&place);
+    let size = fs::metadata(&path).unwrap().len();
+    let expected = serde_json::json!([
+        {"path": path.to_str(), "bytes": size, "source": model.to_str(), "usable": true, "trouble": null}
+    ]);
+    assert_eq!((copies, advice), (expected, vec![]));
+
+    fs::write(place.model(), synth::gguf(&Spec { seed: 6, ..spec() })).unwrap();
+    fs::write(path.with_file_name("notes.gguf"), "my notes").unwrap();
+    let (copies, advice) = doctor(&place);
+    assert_eq!((&copies[0]["usable"], &copies[1]["usable"]), (&false.into(), &false.into()));
+    assert!(copies[0]["trouble"].as_str().unwrap().ends_with("is not a copy of model.gguf"), "{copies}");
+    assert!(advice[0].contains("--drop removes it") && advice[1].contains("notes.gguf takes 0.00 GB"), "{advice:?}");
+
+    fs::remove_file(place.model()).unwrap();
+    let (copies, advice) = doctor(&place);
+    assert!(copies[0]["trouble"].as_str().unwrap().ends_with("model.gguf: no such file or directory"), "{copies}");
+    assert!(advice[0].contains("is gone: gemrun pack "), "{advice:?}");
 }
 
 #[test]

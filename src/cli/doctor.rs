@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use gemrun::Kind;
 use gemrun::machine::cooling::{Cooling, Throttled};
 use gemrun::machine::cores::{Cluster, Cores};
 use gemrun::machine::memory::Memory;
@@ -556,17 +557,23 @@ fn advice(report: &Report, bits: u32) -> Vec<String> {
         say(format!("the processor has slowed down for heat {count} times since the start"));
     }
 
-    for copy in report.packed.iter().filter(|copy| copy.trouble.is_some()) {
-        let of = copy.source.as_ref().map(|path| gemrun::error::printable(&path.display().to_string()));
+    for copy in &report.packed {
+        let Some(trouble) = &copy.trouble else { continue };
         let size = copy.bytes as f64 / 1e9;
-        say(match of {
-            Some(of) => format!(
-                "a packed copy of {size:.2} GB is not used: gemrun pack {of} renews it, gemrun pack {of} --drop removes it"
+        let source = copy.source.as_ref().map(|path| gemrun::error::printable(&path.display().to_string()));
+        say(match source {
+            Some(source) if trouble.kind() == Kind::NotFound => {
+                format!(
+                    "the model of a packed copy of {size:.2} GB is gone: gemrun pack {source} --drop removes the copy"
+                )
+            }
+            Some(source) => format!(
+                "a packed copy of {size:.2} GB is not used: gemrun pack {source} renews it, and with --drop removes it"
             ),
-            None => format!(
-                "{} takes {size:.2} GB and is not a packed copy of anything: remove it",
-                gemrun::error::printable(&copy.path.display().to_string())
-            ),
+            None => {
+                let path = gemrun::error::printable(&copy.path.display().to_string());
+                format!("{path} takes {size:.2} GB and is no packed copy: remove it")
+            }
         });
     }
     if let Some(place) = &report.place {

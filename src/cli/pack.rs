@@ -24,15 +24,13 @@ use super::{Result, open};
 
 /// Write a copy of a model's matrices in an order that is read faster
 #[derive(Args)]
-#[command(
-    after_help = "Text is generated up to twice as fast from the copy, with the same results bit for bit. It takes the room \
+#[command(after_help = "Text is generated faster from the copy, with the same results bit for bit. It takes the room \
     of the model without its embedding tables, below packed/ in GEMRUN_HOME. run, bench and eval use it from then on; \
     without it they read the model's file. A copy whose model has changed is not used. Packing again replaces it, and \
     does nothing if the copy is whole.\n\n\
     Examples:\n  \
     gemrun pack e2b\n  \
-    gemrun pack ./gemma-4-E2B_q4_0-it.gguf --drop"
-)]
+    gemrun pack ./gemma-4-E2B_q4_0-it.gguf --drop")]
 pub struct Pack {
     /// Model name or path of a GGUF file
     model: OsString,
