@@ -5,9 +5,6 @@
 //! weights. [`int8`] multiplies and adds what is in registers already. Neither knows of time and threads: who measures runs
 //! them on each thread and looks at a clock.
 
-#[cfg(target_arch = "x86_64")]
-use std::hint::black_box;
-
 use crate::Isa;
 
 /// A line of a cache, on every CPU but a few with longer ones.
@@ -82,35 +79,104 @@ fn prefetch(at: *const u8) {
 /// If this CPU lacks the ISA.
 pub fn int8(isa: Isa, rounds: usize) -> Option<u64> {
     assert!(isa.supported(), "this CPU has no {}", isa.name());
-    match isa {
+    let loops: unsafe fn(usize) -> u64 = match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: this CPU has AVX2, just asserted.
-        Isa::Avx2 => Some(unsafe { int8_avx2(rounds) }),
-        _ => {
-            let _ = rounds;
-            None
-        }
-    }
+        Isa::Avx2 => peak::avx2,
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => peak::avx_vnni,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => peak::avx512,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => peak::neon,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => peak::neon_dot,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => peak::neon_i8mm,
+        _ => return None,
+    };
+    // SAFETY: this CPU has the ISA, just asserted.
+    Some(unsafe { loops(rounds) })
 }
 
-/// As many sums at a time as registers allow, each with weights of its own: of equal ones the compiler would make one.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn int8_avx2(rounds: usize) -> u64 {
+/// The loops of [`int8`].
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod peak {
+    #[cfg(target_arch = "aarch64")]
+    use std::arch::aarch64::*;
+    #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::*;
-    const SUMS: usize = 5;
-    let w: [__m256i; SUMS] = std::array::from_fn(|i| black_box(_mm256_set1_epi8(i as i8)));
-    let (ones, change) = (black_box(_mm256_set1_epi16(1)), black_box(_mm256_set1_epi8(3)));
-    let (mut a, mut sums) = (black_box(_mm256_set1_epi8(1)), [_mm256_setzero_si256(); SUMS]);
-    for _ in 0..rounds {
-        for (sum, w) in sums.iter_mut().zip(w) {
-            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
-        }
-        // Other activations in each round, or the products would be made before the loop.
-        a = _mm256_xor_si256(a, change);
+    use std::hint::black_box;
+
+    /// `$step`, of `$products` products, on `$sums` sums: as many as hide its latency and fit in registers. Each sum has
+    /// weights of its own, and each round other activations, or the compiler would make products once for all.
+    macro_rules! peak {
+        ($name:ident, $features:literal, $sums:literal sums of $products:literal, $byte:ident, $int:ident, $xor:ident,
+         |$sum:ident, $w:ident, $a:ident| $step:expr) => {
+            #[target_feature(enable = $features)]
+            pub fn $name(rounds: usize) -> u64 {
+                let mut w = [$byte(0); $sums];
+                let mut sums = [$int(0); $sums];
+                for (i, (w, sum)) in w.iter_mut().zip(&mut sums).enumerate() {
+                    (*w, *sum) = black_box(($byte(i as i8), $int(i as i32)));
+                }
+                let (mut $a, change) = black_box(($byte(1), $byte(3)));
+                for _ in 0..rounds {
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        let ($sum, $w) = (*sum, w);
+                        *sum = $step;
+                    }
+                    $a = $xor($a, change);
+                }
+                black_box(sums);
+                (rounds * $sums * $products) as u64
+            }
+        };
     }
-    black_box(sums);
-    (rounds * SUMS * size_of::<__m256i>()) as u64
+
+    #[cfg(target_arch = "x86_64")]
+    mod x86 {
+        use super::*;
+        peak!(avx2, "avx2", 5 sums of 32, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
+            _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)))
+        });
+        peak!(avx_vnni, "avx2,avxvnni", 10 sums of 32, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
+            _mm256_dpbusd_avx_epi32(sum, w, a)
+        });
+        peak!(
+            avx512,
+            "avx512f,avx512bw,avx512vnni",
+            12 sums of 64,
+            _mm512_set1_epi8,
+            _mm512_set1_epi32,
+            _mm512_xor_si512,
+            |sum, w, a| _mm512_dpbusd_epi32(sum, w, a)
+        );
+    }
+    #[cfg(target_arch = "x86_64")]
+    pub use x86::*;
+
+    #[cfg(target_arch = "aarch64")]
+    mod arm {
+        use super::*;
+        use crate::neon_dot::sdot;
+        use crate::neon_i8mm::smmla;
+        peak!(neon, "neon", 8 sums of 16, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| {
+            let products = vmull_s8(vget_low_s8(w), vget_low_s8(a));
+            vpadalq_s16(sum, vmlal_high_s8(products, w, a))
+        });
+        peak!(neon_dot, "neon,dotprod", 12 sums of 16, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| sdot(sum, w, a));
+        peak!(
+            neon_i8mm,
+            "neon,dotprod,i8mm",
+            12 sums of 32,
+            vdupq_n_s8,
+            vdupq_n_s32,
+            veorq_s8,
+            |sum, w, a| smmla(sum, w, a)
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    pub use arm::*;
 }
 
 #[cfg(test)]
@@ -123,7 +189,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             let (one, ten) = (int8(isa, 1), int8(isa, 10));
             assert_eq!(one.map(|n| 10 * n), ten, "{}", isa.name());
-            assert!(one != Some(0) && (isa != Isa::Avx2 || one.is_some()), "{}", isa.name());
+            assert!(one != Some(0) && (isa == Isa::Scalar || one.is_some()), "{}", isa.name());
         }
     }
 

@@ -18,7 +18,7 @@ pub(crate) struct Sdot;
 /// `acc` plus, in each lane, four products.
 #[inline]
 #[target_feature(enable = "dotprod")]
-fn sdot(acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
+pub(crate) fn sdot(acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
     #[cfg(not(miri))]
     {
         let mut sum = acc;

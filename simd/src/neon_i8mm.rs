@@ -20,7 +20,7 @@ use crate::wide::{Product, Range, proven, unrolled};
 /// `acc` plus the products of two rows with two tokens.
 #[inline]
 #[target_feature(enable = "i8mm")]
-fn smmla(acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
+pub(crate) fn smmla(acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
     #[cfg(not(miri))]
     {
         let mut sum = acc;
