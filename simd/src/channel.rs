@@ -13,7 +13,7 @@
 
 use crate::format::Block;
 use crate::unpack::Vector;
-use crate::wide::{Eight, MANY, Range, Simd, unrolled};
+use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
 use crate::{Acts, Layout, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -96,10 +96,13 @@ impl Tokens<'_> {
     fn finish<S: Simd, B: Block>(&self, s: S, t: usize, isum: S::I, row_scale: &[f32], out: &mut [f32]) {
         let isum = s.add(isum, s.splat(-range::<S, B>().1 * self.sums[t]));
         let mut lanes = [0.0; 16];
-        lanes[..row_scale.len()].copy_from_slice(row_scale);
+        match row_scale.first_chunk::<8>() {
+            Some(eight) if row_scale.len() == 8 => lanes[..8].copy_from_slice(eight),
+            _ => lanes[..row_scale.len()].copy_from_slice(row_scale),
+        }
         let scale = s.mul_f32(s.load_f32(&lanes), s.splat_f32(self.x.scale[t]));
         s.store_f32(s.mul_f32(s.to_f32(isum), scale), &mut lanes);
-        out.copy_from_slice(&lanes[..out.len()]);
+        wide::write(&lanes, out);
     }
 }
 

@@ -508,7 +508,19 @@ fn sum_across<S: Eight, B: Block>(
 fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
     let mut lanes = [0.0; 16];
     s.store_f32(v, &mut lanes);
-    out.copy_from_slice(&lanes[..out.len()]);
+    write(&lanes, out);
+}
+
+/// Copies as many values as `out` has room for; a whole vector of them by a vector.
+#[inline(always)]
+pub(crate) fn write(lanes: &[f32; 16], out: &mut [f32]) {
+    if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
+        *out = *lanes.first_chunk().expect("16 lanes");
+    } else if let Ok(out) = <&mut [f32; 16]>::try_from(&mut *out) {
+        *out = *lanes;
+    } else {
+        out.copy_from_slice(&lanes[..out.len()]);
+    }
 }
 
 // Few tokens, interleaved order.
@@ -715,7 +727,7 @@ impl<S: Simd> Panel<S> {
                 }
             }
             for (t, acc) in self.acc.iter().enumerate() {
-                out.row(t)[r * S::ROWS..][..n_rows].copy_from_slice(&acc[..n_rows]);
+                write(acc, &mut out.row(t)[r * S::ROWS..][..n_rows]);
             }
         }
     }
