@@ -118,8 +118,8 @@ impl State {
             shortcut: true,
             batch,
             acts: ActsBuf::default(),
-            rope_sliding: RopeTable::default(),
-            rope_global: RopeTable::default(),
+            rope_sliding: RopeTable::new(c.rope_sliding, None),
+            rope_global: RopeTable::new(c.rope_global, Some(&model.rope_freqs)),
             x: buffer(c.dim),
             h: buffer(c.dim),
             q: buffer(q),
@@ -164,8 +164,8 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
     begin(&m.config, s, tokens)?;
     let (n, dim) = (tokens.len(), m.config.dim);
     let first = s.kv.len();
-    s.rope_sliding.fill(m.config.rope_sliding, None, first..first + n);
-    s.rope_global.fill(m.config.rope_global, Some(&m.rope_freqs), first..first + n);
+    s.rope_sliding.fill(team, first..first + n);
+    s.rope_global.fill(team, first..first + n);
     let wanted = want.of(n);
     // Layers that every token goes through.
     let common = if s.shortcut { m.config.last_kv_layer() } else { m.layers.len() };

@@ -53,43 +53,51 @@ pub fn gelu_mul(ops: &Ops, team: &Team, gate: &mut [f32], up: &[f32]) {
 }
 
 /// Cosines and sines of a run of positions for one class of layers.
-#[derive(Default)]
 pub struct RopeTable {
-    dims: usize,
-    cos: Vec<f32>, // (positions, dims / 2)
-    sin: Vec<f32>, // (positions, dims / 2)
+    /// The angle between a position and the next, of each pair.
+    frequencies: Vec<f64>, // (dims / 2)
+    turns: Vec<f32>, // (positions, 2, dims / 2) cosines, then sines
 }
 
 impl RopeTable {
-    /// Fills the table for `positions`: pair `i` turns by `position * base^(-2i/dims) / factor[i]`; without `factors`
-    /// every factor is 1.
-    pub fn fill(&mut self, rope: Rope, factors: Option<&[f32]>, positions: Range<usize>) {
-        self.dims = rope.dims;
-        self.cos.clear();
-        self.sin.clear();
-        let half = rope.dims / 2;
+    /// Pair `i` turns by `position * base^(-2i/dims) / factor[i]`; without `factors` every factor is 1.
+    pub fn new(rope: Rope, factors: Option<&[f32]>) -> RopeTable {
         let frequency = |i: usize| {
             let factor = factors.map_or(1.0, |factors| f64::from(factors[i]));
             libm::pow(f64::from(rope.base), -2.0 * i as f64 / rope.dims as f64) / factor
         };
-        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
-        for position in positions {
-            for frequency in &frequencies {
-                let (sin, cos) = libm::sincos(position as f64 * frequency);
-                self.cos.push(cos as f32);
-                self.sin.push(sin as f32);
-            }
+        RopeTable { frequencies: (0..rope.dims / 2).map(frequency).collect(), turns: Vec::new() }
+    }
+
+    /// Fills the table for `positions`.
+    pub fn fill(&mut self, team: &Team, positions: Range<usize>) {
+        /// Sines and cosines that are worth another thread.
+        const SOME: usize = 512;
+        let half = self.frequencies.len();
+        self.turns.resize(positions.len() * 2 * half, 0.0);
+        if half == 0 {
+            return;
         }
+        let turns = Lines(&mut self.turns, 2 * half);
+        team.share(positions.len(), SOME.div_ceil(half), turns, |some, Lines(turns, _)| {
+            for (position, turns) in some.zip(turns.chunks_exact_mut(2 * half)) {
+                let (cos, sin) = turns.split_at_mut(half);
+                for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&self.frequencies) {
+                    let exact = libm::sincos((positions.start + position) as f64 * frequency);
+                    (*sin, *cos) = (exact.0 as f32, exact.1 as f32);
+                }
+            }
+        });
     }
 
     /// Rotates every head of every token of `x`, (tokens, heads, head_dim), in place; token `t` sits at position `first + t`
     /// of the table. Elements past the rotary width stay as they are.
     pub fn rotate(&self, ops: &Ops, team: &Team, x: &mut [f32], heads: usize, head_dim: usize, first: usize) {
-        let half = self.dims / 2;
+        let half = self.frequencies.len();
         each_row(team, x, heads * head_dim, |t, token| {
-            let at = (first + t) * half..(first + t + 1) * half;
+            let (cos, sin) = self.turns[(first + t) * 2 * half..][..2 * half].split_at(half);
             for head in token.chunks_exact_mut(head_dim) {
-                ops.rope(&mut head[..self.dims], &self.cos[at.clone()], &self.sin[at.clone()]);
+                ops.rope(&mut head[..2 * half], cos, sin);
             }
         });
     }

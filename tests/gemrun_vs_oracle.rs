@@ -201,11 +201,12 @@ fn rotation_at_large_positions() {
     let factors: Vec<f32> = (0..dims / 2).map(|i| if i < 64 { 1.0 } else { 1e30 }).collect();
     let ops = Numerics::default().ops();
     for (base, factors) in [(1e4, None), (1e6, Some(&factors[..]))] {
-        let mut table = RopeTable::default();
-        table.fill(Rope { base, dims }, factors, positions.clone());
+        let team = Team::new(1).unwrap();
+        let mut table = RopeTable::new(Rope { base, dims }, factors);
+        table.fill(&team, positions.clone());
         let x: Vec<f32> = (0..dims * positions.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
         let mut ours = x.clone();
-        table.rotate(ops, &Team::new(1).unwrap(), &mut ours, 1, dims, 0);
+        table.rotate(ops, &team, &mut ours, 1, dims, 0);
         for (t, position) in positions.clone().enumerate() {
             let (x, ours) = (&x[t * dims..][..dims], &ours[t * dims..][..dims]);
             for i in 0..dims / 2 {

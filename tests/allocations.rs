@@ -1,0 +1,66 @@
+//! Generating a token allocates no memory: everything was made room for before.
+//!
+//! The allocator of this program counts. Threads other than the test's own count as well, so there is one test.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::golden;
+use gemrun::forward::{State, Want, forward};
+use gemrun::gguf::Gguf;
+use gemrun::kv::{BLOCK, KvType};
+use gemrun::model::Model;
+use gemrun::team::Team;
+use gemrun::weight::{Act, Numerics};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: all is the system's allocator but for the counter.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_generated_token_allocates_nothing() {
+    for name in golden::MODELS {
+        let Some(file) = golden::path(name, &format!("{name}-q4_0-pure.gguf")) else {
+            continue;
+        };
+        let gguf = Gguf::open(&file).unwrap();
+        let model = Model::load(&gguf, &Numerics { act: Act::Int8, ..Numerics::default() }).unwrap();
+        let tokens = golden::tokens(name, 64);
+        for threads in [1, 2] {
+            let mut state = State::new(&model, KvType::F16, 2 * BLOCK, tokens.len()).unwrap();
+            Team::new(threads).unwrap().enter(|team| {
+                // The prompt fills a block of the cache; the token after it opens the next one.
+                forward(&model, team, &mut state, &tokens, Want::Last).unwrap();
+                for (at, token) in tokens.iter().take(BLOCK / 2).enumerate() {
+                    let before = ALLOCATIONS.load(Ordering::Relaxed);
+                    forward(&model, team, &mut state, &[*token], Want::Last).unwrap();
+                    let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
+                    assert!(made == 0 || at == 0, "{name}, {threads} threads: token {at}: {made} allocations");
+                }
+            });
+        }
+    }
+}
