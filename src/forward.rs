@@ -18,9 +18,9 @@ use crate::attend::{self, Attention};
 use crate::config::{Config, LayerConfig};
 use crate::kv::{Kv, KvType};
 use crate::model::{KeyValue, Layer, Model, Moe, PerLayerEmbedding};
-use crate::ops::{RopeTable, add_rms_norm, gelu_mul, rms_norm, rms_norm_in_place};
+use crate::ops::{RopeTable, add_rms_norm, rms_norm, rms_norm_in_place};
 use crate::team::Team;
-use crate::weight::{acts, multiply};
+use crate::weight::{acts, gelu_acts, multiply};
 use crate::{Error, Result};
 
 /// Which tokens of a chunk need logits.
@@ -317,8 +317,7 @@ fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State,
     let (gate, up) = (&mut s.gate[..n * ff], &mut s.up[..n * ff]);
     let h = acts(ops, team, &mut s.acts, &s.h[on.clone()], &[&layer.ffn_gate, &layer.ffn_up]);
     multiply(team, [(h, &layer.ffn_gate, &mut *gate), (h, &layer.ffn_up, &mut *up)]);
-    gelu_mul(ops, team, gate, up);
-    let gate = acts(ops, team, &mut s.acts, gate, &[&layer.ffn_down]);
+    let gate = gelu_acts(ops, team, &mut s.acts, gate, up, &layer.ffn_down);
     multiply(team, [(gate, &layer.ffn_down, &mut s.h[on.clone()])]);
     if let Some(moe) = &layer.moe {
         rms_norm_in_place(ops, team, &mut s.h[on.clone()], dim, Some(&moe.post_ffw_norm_1), eps);
@@ -355,8 +354,7 @@ fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, on: Rang
         let (gate, up) = (&mut s.gate[..members * ff], &mut s.up[..members * ff]);
         let input = acts(ops, team, &mut s.acts, &b.input[..members * dim], &[&expert.gate, &expert.up]);
         multiply(team, [(input, &expert.gate, &mut *gate), (input, &expert.up, &mut *up)]);
-        gelu_mul(ops, team, gate, up);
-        let gate = acts(ops, team, &mut s.acts, gate, &[&expert.down]);
+        let gate = gelu_acts(ops, team, &mut s.acts, gate, up, &expert.down);
         multiply(team, [(gate, &expert.down, &mut b.output[..members * dim])]);
         for (output, &(token, slot)) in b.output.chunks_exact_mut(dim).zip(&b.members) {
             let at = token * e.used + slot;

@@ -44,14 +44,6 @@ pub fn add_rms_norm(ops: &Ops, team: &Team, x: &mut [f32], y: &mut [f32], weight
     });
 }
 
-/// `gate = gelu(gate) * up`.
-pub fn gelu_mul(ops: &Ops, team: &Team, gate: &mut [f32], up: &[f32]) {
-    const PART: usize = 1024;
-    team.share(gate.len().div_ceil(PART), 1, Lines(gate, PART), |parts, Lines(gate, _)| {
-        ops.gelu_mul(gate, &up[parts.start * PART..][..gate.len()]);
-    });
-}
-
 /// Cosines and sines of a run of positions for one class of layers.
 pub struct RopeTable {
     /// The angle between a position and the next, of each pair.

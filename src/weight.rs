@@ -9,7 +9,7 @@ use std::ops::Range;
 use gemrun_simd::{Acts, ActsBuf, Choice, Format, Kernel, Layout, Ops, dequant, interleave, select_in};
 
 use crate::gguf::Bytes;
-use crate::team::Team;
+use crate::team::{Lines, Team};
 
 /// What the activations are turned into before a matrix product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -123,11 +123,13 @@ impl Weight {
     }
 }
 
+/// Values that are quantized together.
+const GROUP: usize = 32;
+/// Groups that are worth another thread.
+const SOME: usize = 64;
+
 /// The activations `x` — (tokens, cols) — as `weights` read them: quantized once if any of them wants int8.
 pub fn acts<'a>(ops: &Ops, team: &Team, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
-    /// Values that are scaled together, and how many such groups are worth another thread.
-    const GROUP: usize = 32;
-    const SOME: usize = 64;
     let cols = weights[0].cols;
     debug_assert!(weights.iter().all(|w| w.cols == cols));
     if !weights.iter().any(|w| w.quantized) {
@@ -138,6 +140,29 @@ pub fn acts<'a>(ops: &Ops, team: &Team, buf: &'a mut ActsBuf, x: &'a [f32], weig
         out.quantize(ops, &x[groups.start * GROUP..groups.end * GROUP]);
     });
     buf.acts(x, cols)
+}
+
+/// [`acts`] of `gelu(gate) * up`, which replaces `gate`: who computes a value rounds it.
+pub fn gelu_acts<'a>(
+    ops: &Ops,
+    team: &Team,
+    buf: &'a mut ActsBuf,
+    gate: &'a mut [f32],
+    up: &[f32],
+    weight: &Weight,
+) -> Acts<'a> {
+    if !weight.quantized {
+        team.share(gate.len() / weight.cols, 1, Lines(gate, weight.cols), |rows, Lines(gate, _)| {
+            ops.gelu_mul(gate, &up[rows.start * weight.cols..rows.end * weight.cols]);
+        });
+        return Acts::float(gate, weight.cols);
+    }
+    let pieces = (Lines(gate, GROUP), buf.rows(up.len(), GROUP));
+    team.share(up.len() / GROUP, SOME, pieces, |groups, (Lines(gate, _), out)| {
+        ops.gelu_mul(gate, &up[groups.start * GROUP..groups.end * GROUP]);
+        out.quantize(ops, gate);
+    });
+    buf.acts(gate, weight.cols)
 }
 
 /// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
