@@ -327,16 +327,6 @@ impl Gguf {
     pub fn bytes(&self, tensor: &Tensor) -> Bytes {
         Bytes { range: self.0.data_range(tensor), file: self.clone() }
     }
-
-    /// Tells the kernel that a tensor is read a row here and a row there: no read-ahead. A hint; errors do not matter.
-    pub fn advise_random(&self, tensor: &Tensor) {
-        self.0.source.advise_random(self.0.data_range(tensor));
-    }
-
-    /// Tells the kernel that a tensor will be read soon: start reading ahead. A hint; errors do not matter.
-    pub fn willneed(&self, tensor: &Tensor) {
-        self.0.source.willneed(self.0.data_range(tensor));
-    }
 }
 
 impl fmt::Debug for Gguf {
@@ -404,6 +394,28 @@ impl Bytes {
         assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {} bytes", self.len());
         let range = self.range.start.saturating_add(range.start)..self.range.start.saturating_add(range.end);
         Bytes { file: self.file.clone(), range }
+    }
+
+    /// Tells the system that these bytes are read a few here and a few there: no read-ahead. A hint; errors do not matter.
+    pub fn advise_random(&self) {
+        self.file.0.source.advise_random(self.range.clone());
+    }
+
+    /// Tells the system that these bytes will be read soon: start reading ahead. A hint; errors do not matter.
+    pub fn willneed(&self) {
+        self.file.0.source.willneed(self.range.clone());
+    }
+
+    /// Reads them into memory now, as far as they are not there. A hint; errors do not matter.
+    pub fn page_in(&self) {
+        self.file.0.source.page_in(self.range.clone());
+    }
+
+    /// About how many of them are not in memory, by looking at a page of each `every` bytes.
+    pub fn missing(&self, every: usize) -> usize {
+        let every = every.max(1);
+        let missing = self.range.clone().step_by(every).filter(|&at| !self.file.0.source.resident(at)).count();
+        missing.saturating_mul(every).min(self.len())
     }
 }
 

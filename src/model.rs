@@ -161,6 +161,9 @@ impl Model {
                 per_layer_proj_norm: load.vector("per_layer_proj_norm.weight", ple)?,
             }),
         };
+        if let Some(ple) = &ple {
+            ple.per_layer_token_embd.advise_random();
+        }
         let layers = (0..config.layers.len()).map(|il| load.layer(&config, il)).collect::<Result<Vec<_>>>()?;
         let output_norm = load.vector("output_norm.weight", dim)?;
         let interleavable = load.interleavable.into_inner();
@@ -188,8 +191,16 @@ impl Model {
         self.weights().any(|weight| weight.kernel().layout() == Layout::Interleaved)
     }
 
+    /// Starts reading what the embeddings of `tokens` take from the file: on a slow disk, row after row would take long.
+    pub fn read_ahead(&self, tokens: &[u32]) {
+        self.token_embd.read_ahead(tokens);
+        if let Some(ple) = &self.ple {
+            ple.per_layer_token_embd.read_ahead(tokens);
+        }
+    }
+
     /// Every weight a token is multiplied by; of experts, all.
-    fn weights(&self) -> impl Iterator<Item = &Weight> {
+    pub fn weights(&self) -> impl Iterator<Item = &Weight> {
         self.layers
             .iter()
             .flat_map(Layer::weights)

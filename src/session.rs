@@ -368,6 +368,7 @@ impl<'m> Session<'m> {
             if emit(Event::Prompt { done: 0, total: n - kept }) {
                 return Ok(End::Interrupted);
             }
+            model.read_ahead(&prompt[kept..]);
             for chunk in prompt[kept..].chunks(state.batch()) {
                 if stopped() {
                     return Ok(End::Interrupted);

@@ -111,6 +111,11 @@ impl Weight {
         self.bytes.len()
     }
 
+    /// What a product reads, where it lies.
+    pub fn stored(&self) -> &Bytes {
+        &self.bytes
+    }
+
     /// Some of the rows, as a weight of its own over the same bytes.
     ///
     /// # Panics
@@ -219,6 +224,18 @@ impl Table {
     /// Bytes of the whole table.
     pub fn bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// Tells the system that rows are looked up in no order.
+    pub fn advise_random(&self) {
+        self.bytes.advise_random();
+    }
+
+    /// Starts reading some rows that will be looked up soon.
+    pub fn read_ahead(&self, rows: &[u32]) {
+        for row in rows.iter().map(|&row| row as usize).filter(|&row| row < self.rows) {
+            self.bytes.slice(row * self.row_bytes..(row + 1) * self.row_bytes).willneed();
+        }
     }
 
     /// Unpacks row `row` into `out`, exactly.

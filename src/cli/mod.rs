@@ -9,6 +9,7 @@ mod doctor;
 mod eval;
 mod open;
 mod pack;
+mod page_in;
 mod run;
 mod selftest;
 mod show;

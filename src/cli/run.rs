@@ -23,6 +23,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::open::{Compute, Loaded, Threads};
+use super::page_in::page_in;
 use super::terminal::{Shown, Style, eprintln_quietly};
 use super::{Result, chat, text};
 
@@ -126,6 +127,7 @@ impl Run {
             system: self.system.clone(),
         };
         let template = if self.raw { None } else { Some(Template::from_gguf(&loaded.gguf)?) };
+        page_in(&loaded.model, &interrupt);
         let session = Session::new(&loaded.model, &loaded.tokenizer, template, options)?;
         let limit = self.predict.unwrap_or(usize::MAX);
         let mut talk = Talk {

@@ -83,6 +83,32 @@ impl Source {
         let _ = range;
     }
 
+    /// Reads `range` into memory now, as far as it is not there. A hint, too: what cannot be read shows when it is used.
+    pub(super) fn page_in(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        self.advise(memmap2::Advice::PopulateRead, range);
+        #[cfg(not(target_os = "linux"))]
+        self.willneed(range);
+    }
+
+    /// Whether the page at `at` is in memory; `true` where the system does not tell.
+    pub(super) fn resident(&self, at: usize) -> bool {
+        #[cfg(target_os = "linux")]
+        if let Source::Mapped(mapping) = self {
+            // SAFETY: asks for a number.
+            let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0);
+            if page > 0 && at < mapping.map.len() {
+                let start = mapping.map.as_ptr().wrapping_add(at.saturating_sub(at.checked_rem(page).unwrap_or(0)));
+                let mut here = 0;
+                // SAFETY: one page of the map, whose start is at a page's, and one byte for the answer.
+                let asked = unsafe { libc::mincore(start.cast_mut().cast(), 1, &raw mut here) };
+                return asked != 0 || here & 1 == 1;
+            }
+        }
+        let _ = at;
+        true
+    }
+
     #[cfg(unix)]
     fn advise(&self, advice: memmap2::Advice, range: Range<usize>) {
         if let Source::Mapped(mapping) = self {

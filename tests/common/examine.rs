@@ -42,8 +42,11 @@ pub fn examine(file: &Gguf) {
         assert_eq!(file.tensor(&t.name), Some(t));
         assert_eq!(file.bytes(t).len() as u64, t.bytes);
         assert!(t.elements() > 0 && t.offset.is_multiple_of(file.alignment()));
-        file.advise_random(t);
-        file.willneed(t);
+        file.bytes(t).advise_random();
+        file.bytes(t).willneed();
+        let bytes = file.bytes(t);
+        assert!(bytes.missing(1 << 12) <= bytes.len());
+        bytes.page_in();
     }
     let again = Gguf::from_bytes(file.name(), rewrite(file)).unwrap();
     assert!(again.metadata().map(show).eq(file.metadata().map(show)));
