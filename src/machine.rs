@@ -83,6 +83,11 @@ pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
+/// Bytes a model can use: available to the system and left by every control group. `None` where the system does not tell.
+pub fn usable_memory() -> Option<u64> {
+    Memory::read(&Root::system()).map(|memory| memory.usable())
+}
+
 /// The most memory this process has had resident so far, in bytes.
 pub fn peak_rss() -> Option<u64> {
     kilobytes(&Root::system().text("proc/self/status")?, "VmHWM")

@@ -58,8 +58,10 @@ fn files_of_the_reference_writer_are_rewritten_byte_for_byte() {
         let t = file.tensor("blk.0.attn_q.weight").unwrap();
         assert_eq!((t.n_dims, t.shape()), (2, &[256, 128][..]));
         assert_eq!(file.bytes(t).len() as u64, t.bytes);
-        file.advise_random(t);
-        file.willneed(t);
+        file.bytes(t).advise_random();
+        file.bytes(t).willneed();
+        assert_eq!(file.bytes(t).missing(512), 0, "just read");
+        file.bytes(t).page_in();
         assert!(file.tensor("blk.0.attn_q").is_none());
         assert_eq!(std::fs::read(&path).unwrap(), rewrite(&file), "{}", path.display());
     }

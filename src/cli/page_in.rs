@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use gemrun::machine::{Memory, Root};
+use gemrun::machine;
 use gemrun::model::Model;
 use gemrun::weight::Weight;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -23,7 +23,7 @@ const STEP: usize = 16 << 20;
 pub fn page_in(model: &Model, interrupt: &AtomicBool) {
     let all: usize = model.weights().map(Weight::bytes).sum();
     let missing: usize = model.weights().map(|weight| weight.stored().missing(PROBE)).sum();
-    if missing < LITTLE || Memory::read(&Root::system()).is_none_or(|memory| missing as u64 > memory.usable()) {
+    if missing < LITTLE || machine::usable_memory().is_none_or(|usable| missing as u64 > usable) {
         return;
     }
     let bar = ProgressBar::new(all as u64);
