@@ -93,6 +93,16 @@ pub fn peak_rss() -> Option<u64> {
     kilobytes(&Root::system().text("proc/self/status")?, "VmHWM")
 }
 
+/// The same of another process that still runs.
+pub fn peak_rss_of(process: u32) -> Option<u64> {
+    kilobytes(&Root::system().text(format!("proc/{process}/status"))?, "VmHWM")
+}
+
+/// Processes that ran or wanted to run, on average over the last minute.
+pub fn load_average() -> Option<f64> {
+    Root::system().text("proc/loadavg")?.split_whitespace().next()?.parse().ok()
+}
+
 /// Where the kernel's files are looked for.
 #[derive(Debug, Clone)]
 pub struct Root(PathBuf);
@@ -262,6 +272,7 @@ mod tests {
         let machine = Machine::read(&Root::system());
         let memory = machine.memory.unwrap();
         assert!(memory.total >= memory.available && memory.available > 0);
+        assert!(peak_rss_of(std::process::id()).unwrap() > 0 && load_average().unwrap() >= 0.0);
         assert!(peak_rss().unwrap() > 0 && threads() > 0 && !cpu_name().is_empty());
         assert!(!machine.cores.clusters.is_empty());
     }

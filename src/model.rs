@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use gemrun_simd::{Format, Layout, Ops, interleave};
 
-use crate::config::{Config, LayerConfig};
+use crate::config::{Config, Experts, LayerConfig};
 use crate::gguf::{Bytes, Gguf, Tensor};
 use crate::pack::Packed;
 use crate::weight::{Act, Numerics, Table, Weight};
@@ -224,28 +224,51 @@ impl Model {
     /// Bytes of weights that one generated token reads: every matrix once, of experts only those a token is sent to,
     /// of embedding tables one row.
     pub fn bytes_per_token(&self) -> usize {
-        let all: usize = self.weights().map(Weight::bytes).sum();
-        let unused = |(layer, count, used): (&Layer, usize, usize)| {
-            let experts: usize = layer.moe.iter().flat_map(|moe| &moe.experts).map(Expert::bytes).sum();
-            experts / count * (count - used)
+        self.bytes_read(1, true)
+    }
+
+    /// Bytes of weights that `tokens` tokens, computed at once, cannot do without: a matrix counts once for all of them, experts
+    /// as often as there are choices to be made, a row of an embedding table for each. `wanted` is whether the logits are asked
+    /// for.
+    pub fn bytes_read(&self, tokens: usize, wanted: bool) -> usize {
+        let row = |table: &Table| table.bytes() / table.rows();
+        let rows = row(&self.token_embd) + self.ple.as_ref().map_or(0, |p| row(&p.per_layer_token_embd));
+        self.needed(tokens, wanted, Weight::bytes) + tokens * rows
+    }
+
+    /// Multiplications with weights, each followed by an addition, that a token cannot do without. `wanted` is whether its
+    /// logits are asked for.
+    pub fn multiply_adds(&self, wanted: bool) -> usize {
+        self.needed(1, wanted, |weight| weight.rows() * weight.cols())
+    }
+
+    /// The sum of `size` over the weights that are needed. Of a token whose logits nobody wants, only keys and values matter:
+    /// it ends with the last layer that makes any.
+    fn needed(&self, tokens: usize, wanted: bool, size: fn(&Weight) -> usize) -> usize {
+        let last = self.config.last_kv_layer();
+        let whole = if wanted { self.layers.len() } else { last };
+        let layer = |layer: &Layer| {
+            let all: usize = layer.weights().map(size).sum();
+            let experts: usize =
+                layer.moe.iter().flat_map(|moe| &moe.experts).flat_map(Expert::weights).map(size).sum();
+            let unused = |e: Experts| experts / e.count * (e.count - e.count.min(e.used * tokens));
+            all - self.config.experts.map_or(0, unused)
         };
-        let unused: usize = match self.config.experts {
-            Some(e) => self.layers.iter().map(|layer| unused((layer, e.count, e.used))).sum(),
-            None => 0,
+        let layers: usize = self.layers[..whole].iter().map(layer).sum();
+        let ple = self.ple.as_ref().map_or(0, |p| size(&p.per_layer_model_proj) / self.layers.len() * whole);
+        let end = match wanted {
+            true => size(&self.output),
+            false => self.layers[last].attn_kv.iter().flat_map(KeyValue::weights).map(size).sum(),
         };
-        let rows = self.token_embd.bytes() / self.token_embd.rows()
-            + self.ple.as_ref().map_or(0, |p| p.per_layer_token_embd.bytes() / p.per_layer_token_embd.rows());
-        all - unused + rows
+        layers + ple + end
     }
 }
 
 impl Layer {
     fn weights(&self) -> impl Iterator<Item = &Weight> {
-        let kv = self.attn_kv.iter().flat_map(|kv| [Some(&kv.attn_k), kv.attn_v.as_ref()]).flatten();
-        let moe = self
-            .moe
-            .iter()
-            .flat_map(|moe| moe.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]).chain([&moe.ffn_gate_inp]));
+        let kv = self.attn_kv.iter().flat_map(KeyValue::weights);
+        let moe =
+            self.moe.iter().flat_map(|moe| moe.experts.iter().flat_map(Expert::weights).chain([&moe.ffn_gate_inp]));
         let ple = self.ple.iter().flat_map(|ple| [&ple.inp_gate, &ple.proj]);
         [&self.attn_q, &self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down]
             .into_iter()
@@ -255,9 +278,15 @@ impl Layer {
     }
 }
 
+impl KeyValue {
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        [Some(&self.attn_k), self.attn_v.as_ref()].into_iter().flatten()
+    }
+}
+
 impl Expert {
-    fn bytes(&self) -> usize {
-        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    fn weights(&self) -> [&Weight; 3] {
+        [&self.gate, &self.up, &self.down]
     }
 }
 

@@ -1,31 +1,56 @@
-//! `gemrun bench`: how fast prompts are read (`pp`) and text is generated (`tg`).
+//! `gemrun bench`: how fast prompts are read (`pp`) and text is generated (`tg`), beside what this computer gives at best
+//! and beside other programs.
 //!
 //! The letters, the test names and the columns are llama-bench's, so results can be laid side by side. Tokens are
 //! pseudo-random and the same every time. Each test runs once unmeasured, then `-r` times; what the cache held before
-//! the test (`-d`) is not measured either.
+//! the test (`-d`) is not measured either. With `--vs` every repetition of every program, gemrun's too, is a process of its
+//! own, and programs take turns, so that nobody gets the quiet minute of a busy machine.
+//!
+//! | file | what is there |
+//! |---|---|
+//! | `bench/program.rs` | running llama-bench, or anything that speaks its language, once |
+//! | `bench/report.rs` | figures, and their JSON, CSV and Markdown |
+//! | `bench/chart.rs` | the comparison as a picture |
+
+mod chart;
+mod program;
+mod report;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::time::Instant;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
 use gemrun::kv::KvType;
 use gemrun::machine;
+use gemrun::machine::memory::Memory;
+use gemrun::machine::speed::{self, Buffer};
 use gemrun::model::Model;
+use gemrun::registry::Source;
 use gemrun::sample::uniform;
 use gemrun::team::Team;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
 
+use self::program::{Other, Program};
+use self::report::{Figures, Limits, Measured, Report, Samples};
 use super::Result;
-use super::open::{Compute, Loaded, check_threads, default_threads};
+use super::open::{self, Compute, Loaded, check_threads, default_threads};
 
 /// Measure prompt and generation speed
 #[derive(Args)]
-#[command(after_help = "Lists are separated by commas; every combination is measured.\n\n\
-    Example: gemrun bench e2b -p 128,512 -n 64 -d 0,4096 -t 1,2,4 -o json")]
+#[command(
+    after_help = "Lists are separated by commas; every combination is measured. Shares are of what this computer gives \
+    at best, measured in the same run with as many threads: reading memory, for generation; multiplying and adding bytes, for \
+    the multiplications a prompt cannot do without.\n\n\
+    With --vs, programs that speak llama-bench's command line (-m -p -n -d -t -r -fa -ctk -ctv -o json, --no-warmup) measure the \
+    same tests in turns with gemrun. To give one more options, name a script that ends in: exec llama-bench \"$@\" OPTIONS\n\n\
+    Examples:\n  \
+    gemrun bench e2b -p 128,512 -n 64 -d 0,4096 -t 1,2,4 -o json\n  \
+    gemrun bench e2b --vs llama.cpp=/usr/local/bin/llama-bench --chart comparison.svg"
+)]
 pub struct Bench {
     /// Model name or path of a GGUF file
     model: OsString,
@@ -44,9 +69,21 @@ pub struct Bench {
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
+    /// Compare with another program that speaks llama-bench's command line; can be given more than once
+    #[arg(long, value_name = "NAME=PATH")]
+    vs: Vec<Other>,
     /// Form of the result
     #[arg(short, long, value_name = "FORM", default_value = "md")]
     output: Form,
+    /// Draw the result as an SVG picture, too
+    #[arg(long, value_name = "FILE")]
+    chart: Option<PathBuf>,
+    /// Leave out the first, unmeasured repetition
+    #[arg(long)]
+    no_warmup: bool,
+    /// Do not measure what this computer gives at best
+    #[arg(long)]
+    no_limits: bool,
     #[command(flatten)]
     compute: Compute,
 }
@@ -58,8 +95,8 @@ enum Form {
     Csv,
 }
 
-/// One thing to measure.
-#[derive(Clone, Copy)]
+/// One thing to measure: a prompt, or a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Test {
     prompt: usize,
     generate: usize,
@@ -67,48 +104,30 @@ struct Test {
     threads: usize,
 }
 
-/// The speeds of its repetitions, in tokens per second.
-struct Measured {
-    test: Test,
-    speeds: Vec<f64>,
-    bytes_per_token: f64,
-    peak_rss: Option<u64>,
-}
-
 impl Test {
     fn name(&self) -> String {
         if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) }
     }
 
+    /// The name with the depth: `tg64 @ d4096`.
+    fn label(&self) -> String {
+        if self.depth == 0 { self.name() } else { format!("{} @ d{}", self.name(), self.depth) }
+    }
+
     fn tokens(&self) -> usize {
         self.prompt + self.generate
     }
-}
 
-impl Measured {
-    fn average(&self) -> f64 {
-        self.speeds.iter().sum::<f64>() / self.speeds.len() as f64
-    }
-
-    /// Sample standard deviation.
-    fn deviation(&self) -> f64 {
-        let (mean, n) = (self.average(), self.speeds.len());
-        let squares: f64 = self.speeds.iter().map(|speed| (speed - mean).powi(2)).sum();
-        if n < 2 { 0.0 } else { (squares / (n - 1) as f64).sqrt() }
-    }
-
-    fn median(&self) -> f64 {
-        let mut sorted = self.speeds.clone();
-        sorted.sort_by(f64::total_cmp);
-        let middle = sorted.len() / 2;
-        if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
-    }
-
-    /// Weight traffic at the average speed.
-    fn gigabytes_per_second(&self) -> f64 {
-        self.bytes_per_token * self.average() / 1e9
+    /// Whether a process that does only this ends with the first token of an answer.
+    fn is_start(&self) -> bool {
+        self.prompt > 0 && self.depth == 0
     }
 }
+
+/// Processes that are timed from start to first token, of each program in a comparison.
+const STARTS: usize = 3;
+/// How long memory is read, for each number of threads.
+const TIME: Duration = Duration::from_millis(700);
 
 impl Bench {
     pub fn run(self) -> Result {
@@ -119,6 +138,8 @@ impl Bench {
         let threads = if self.threads.is_empty() { vec![default_threads()] } else { self.threads.clone() };
         threads.iter().try_for_each(|&threads| check_threads(threads).map(drop))?;
         let tests = self.tests(&threads);
+        let programs = self.programs(kv)?;
+        let load_average = machine::load_average();
         let loaded = self.compute.load(&self.model)?;
         let longest = tests.iter().map(|test| test.depth.saturating_add(test.tokens())).max().unwrap_or(0);
         let trained = loaded.model.config.context;
@@ -127,35 +148,43 @@ impl Bench {
             return Err(Error::usage(error).into());
         }
 
-        let style = ProgressStyle::with_template("{msg} {pos}/{len}").unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new((tests.len() * (self.repetitions + 1)) as u64).with_style(style);
-        let mut results = Vec::new();
-        for test in tests {
-            bar.set_message(test.name());
-            let mut team = Team::new(test.threads)?;
-            let mut state = State::new(&loaded.model, kv, (test.depth + test.tokens()).max(1), batch)?;
-            let mut speeds = Vec::new();
-            for repetition in 0..=self.repetitions {
-                let speed = team.enter(|team| measure(&loaded.model, team, &mut state, test))?;
-                if repetition > 0 {
-                    speeds.push(speed);
-                }
-                bar.inc(1);
-            }
-            // A prompt's chunk reads the weights once for all its tokens.
-            let shared_by = if test.prompt > 0 { batch.min(test.prompt) } else { 1 };
-            let bytes_per_token = loaded.model.bytes_per_token() as f64 / shared_by as f64;
-            results.push(Measured { test, speeds, bytes_per_token, peak_rss: machine::peak_rss() });
-        }
+        let bar = bar(tests.len() * self.runs(&programs));
+        let rows: gemrun::Result<Vec<Measured>> = tests
+            .iter()
+            .map(|&test| {
+                bar.set_message(test.label());
+                let (bytes_per_token, multiply_adds) = work(&loaded.model, test, batch);
+                let (figures, others) = match &programs[..] {
+                    [] => (self.alone(&loaded, test, kv, batch, &bar)?, Vec::new()),
+                    programs => self.compare(programs, test, &bar)?,
+                };
+                Ok(Measured { test, bytes_per_token, multiply_adds, figures, others })
+            })
+            .collect();
         bar.finish_and_clear();
+        let report = Report {
+            model: gemrun::error::printable(loaded.gguf.name()),
+            kv: kv.name(),
+            isa: self.compute.numerics()?.kernel.isa.name(),
+            kernels: loaded.model.kernels(),
+            packed: loaded.model.packed(),
+            rows: rows?,
+            load_average,
+            // Memory to read from would be part of the peak, so it comes last.
+            limits: if self.no_limits { Vec::new() } else { self.limits(&threads)? },
+        };
 
         let mut out = std::io::stdout().lock();
         match self.output {
-            Form::Json => writeln!(out, "{:#}", json(&results, &loaded, kv.name()))?,
-            Form::Csv => csv(&results, &loaded, kv.name(), &mut out)?,
-            Form::Md => markdown(&results, &loaded, kv.name(), &mut out)?,
+            Form::Json => writeln!(out, "{:#}", report.json())?,
+            Form::Csv => report.csv(&mut out)?,
+            Form::Md => report.markdown(&mut out)?,
         }
-        Ok(out.flush()?)
+        out.flush()?;
+        if let Some(path) = &self.chart {
+            std::fs::write(path, chart::svg(&report)).map_err(|e| Error::io(path, &e))?;
+        }
+        Ok(())
     }
 
     fn tests(&self, threads: &[usize]) -> Vec<Test> {
@@ -172,9 +201,134 @@ impl Bench {
         }
         tests
     }
+
+    /// gemrun and the programs it is compared with; none without `--vs`.
+    fn programs(&self, kv: KvType) -> gemrun::Result<Vec<Program>> {
+        if self.vs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Source::File(file) = open::source(&self.model)? else {
+            let model = self.model.to_string_lossy();
+            return Err(Error::usage(format!(
+                "{model}: is part of gemrun: expected a file that other programs can read"
+            )));
+        };
+        let mut programs = vec![Program::gemrun(&file, &self.compute.arguments())?];
+        for other in &self.vs {
+            if programs.iter().any(|program| program.name == other.name) {
+                return Err(Error::usage(format!("--vs: {}: expected a name of its own for each program", other.name)));
+            }
+            programs.push(Program::other(other, &file, kv.name())?);
+        }
+        Ok(programs)
+    }
+
+    /// Steps of the progress bar for one test.
+    fn runs(&self, programs: &[Program]) -> usize {
+        match programs.len() {
+            0 => self.repetitions + usize::from(!self.no_warmup),
+            n => n * (self.repetitions + self.repetitions.min(STARTS)),
+        }
+    }
+
+    /// Measures in this process.
+    fn alone(
+        &self,
+        loaded: &Loaded,
+        test: Test,
+        kv: KvType,
+        batch: usize,
+        bar: &ProgressBar,
+    ) -> gemrun::Result<Figures> {
+        let mut team = Team::new(test.threads)?;
+        let mut state = State::new(&loaded.model, kv, (test.depth + test.tokens()).max(1), batch)?;
+        let mut times = Vec::new();
+        for repetition in usize::from(self.no_warmup)..=self.repetitions {
+            let time = team.enter(|team| measure(&loaded.model, team, &mut state, test))?;
+            if repetition > 0 {
+                times.push(time);
+            }
+            bar.inc(1);
+        }
+        let first_token = (loaded.times.map + loaded.times.load).as_secs_f64() + Samples(times.clone()).median();
+        Ok(Figures {
+            speeds: Samples(times.into_iter().map(|time| test.tokens() as f64 / time).collect()),
+            peak_rss: machine::peak_rss(),
+            first_token: test.is_start().then_some(first_token),
+        })
+    }
+
+    /// Measures in processes of all programs, in turns.
+    fn compare(
+        &self,
+        programs: &[Program],
+        test: Test,
+        bar: &ProgressBar,
+    ) -> gemrun::Result<(Figures, Vec<report::Other>)> {
+        let mut runs: Vec<Vec<program::Run>> = programs.iter().map(|_| Vec::new()).collect();
+        let mut starts: Vec<Vec<f64>> = programs.iter().map(|_| Vec::new()).collect();
+        for _ in 0..self.repetitions {
+            for (program, runs) in programs.iter().zip(&mut runs) {
+                runs.push(program.run(test, !self.no_warmup)?);
+                bar.inc(1);
+            }
+        }
+        for _ in 0..self.repetitions.min(STARTS) {
+            for (program, starts) in programs.iter().zip(&mut starts) {
+                if test.is_start() {
+                    starts.push(program.run(test, false)?.seconds);
+                }
+                bar.inc(1);
+            }
+        }
+        let figures = runs.iter().zip(starts).map(|(runs, starts)| Figures {
+            speeds: Samples(runs.iter().map(|run| run.speed).collect()),
+            peak_rss: runs.iter().filter_map(|run| run.peak_rss).max(),
+            first_token: (!starts.is_empty()).then(|| Samples(starts).median()),
+        });
+        let mut figures = figures.collect::<Vec<_>>().into_iter();
+        let ours = figures.next().expect("gemrun is the first program");
+        let others = programs.iter().zip(&runs).skip(1).zip(figures).map(|((program, runs), figures)| report::Other {
+            name: program.name.clone(),
+            build: runs.iter().find_map(|run| run.build.clone()),
+            figures,
+        });
+        Ok((ours, others.collect()))
+    }
+
+    /// What this computer gives at best, for each number of threads.
+    fn limits(&self, threads: &[usize]) -> Result<Vec<Limits>> {
+        let root = machine::Root::system();
+        let buffer = Buffer::new(&root, Memory::read(&root).map(|memory| memory.usable()));
+        let isa = self.compute.numerics()?.kernel.isa;
+        let limits = threads.iter().map(|&threads| {
+            let read = buffer.read_bandwidth(threads, TIME)?;
+            Ok(Limits { threads, read, int8: speed::int8_products(isa, threads, TIME / 4)? })
+        });
+        limits.collect()
+    }
 }
 
-/// Runs `test` once; tokens per second.
+fn bar(steps: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {pos}/{len}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps as u64).with_style(style)
+}
+
+/// Bytes of weights that a token of `test` has to read, and multiply-adds it cannot do without; both on average.
+fn work(model: &Model, test: Test, batch: usize) -> (f64, f64) {
+    if test.prompt == 0 {
+        return (model.bytes_per_token() as f64, model.multiply_adds(true) as f64);
+    }
+    let tokens = test.prompt;
+    // A chunk reads the weights once for all its tokens. Only the last token goes all the way to its logits.
+    let chunks = (0..tokens).step_by(batch).map(|at| batch.min(tokens - at));
+    let bytes: usize = chunks.map(|chunk| model.bytes_read(chunk, false)).sum();
+    let bytes = bytes + (model.bytes_read(1, true) - model.bytes_read(1, false));
+    let multiply_adds = (tokens - 1) * model.multiply_adds(false) + model.multiply_adds(true);
+    (bytes as f64 / tokens as f64, multiply_adds as f64 / tokens as f64)
+}
+
+/// Runs `test` once; seconds.
 fn measure(model: &Model, team: &Team, state: &mut State, test: Test) -> gemrun::Result<f64> {
     let token = |i: usize| (uniform(0, i as u64) * model.config.vocab as f64) as u32;
     let batch = state.batch();
@@ -198,95 +352,5 @@ fn measure(model: &Model, team: &Team, state: &mut State, test: Test) -> gemrun:
             forward(model, team, state, token, Want::Last)?;
         }
     }
-    Ok(test.tokens() as f64 / start.elapsed().as_secs_f64())
-}
-
-fn json(results: &[Measured], loaded: &Loaded, kv: &str) -> serde_json::Value {
-    let result = |result: &Measured| {
-        let test = result.test;
-        json!({
-            "model": loaded.gguf.name(),
-            "test": test.name(),
-            "n_prompt": test.prompt,
-            "n_gen": test.generate,
-            "n_depth": test.depth,
-            "n_threads": test.threads,
-            "avg_ts": result.average(),
-            "stddev_ts": result.deviation(),
-            "median_ts": result.median(),
-            "samples_ts": result.speeds,
-            "bytes_per_token": result.bytes_per_token,
-            "gb_per_s": result.gigabytes_per_second(),
-            "peak_rss_bytes": result.peak_rss,
-            "kernel": loaded.model.kernels(),
-            "kv": kv,
-        })
-    };
-    results.iter().map(result).collect()
-}
-
-fn csv(results: &[Measured], loaded: &Loaded, kv: &str, out: &mut impl Write) -> Result {
-    writeln!(
-        out,
-        "model,test,n_prompt,n_gen,n_depth,n_threads,avg_ts,stddev_ts,median_ts,bytes_per_token,gb_per_s,peak_rss_bytes,kv"
-    )?;
-    let name = gemrun::error::printable(loaded.gguf.name()).replace('"', "\"\"");
-    for r in results {
-        let (test, rss) = (r.test, r.peak_rss.map_or(String::new(), |bytes| bytes.to_string()));
-        writeln!(
-            out,
-            "\"{name}\",{},{},{},{},{},{:.4},{:.4},{:.4},{:.0},{:.4},{rss},{kv}",
-            test.name(),
-            test.prompt,
-            test.generate,
-            test.depth,
-            test.threads,
-            r.average(),
-            r.deviation(),
-            r.median(),
-            r.bytes_per_token,
-            r.gigabytes_per_second()
-        )?;
-    }
-    Ok(())
-}
-
-fn markdown(results: &[Measured], loaded: &Loaded, kv: &str, out: &mut impl Write) -> Result {
-    let name = gemrun::error::printable(loaded.gguf.name());
-    writeln!(out, "| model | threads | kv | test | t/s | median | GB/s |")?;
-    writeln!(out, "| --- | ---: | --- | ---: | ---: | ---: | ---: |")?;
-    for r in results {
-        let test = match r.test.depth {
-            0 => r.test.name(),
-            depth => format!("{} @ d{depth}", r.test.name()),
-        };
-        writeln!(
-            out,
-            "| {name} | {} | {kv} | {test} | {:.2} ± {:.2} | {:.2} | {:.2} |",
-            r.test.threads,
-            r.average(),
-            r.deviation(),
-            r.median(),
-            r.gigabytes_per_second()
-        )?;
-    }
-    let kernels: Vec<String> = loaded.model.kernels().values().map(ToString::to_string).collect();
-    writeln!(out, "\nkernels: {}", kernels.join(", "))?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn statistics() {
-        let test = Test { prompt: 0, generate: 8, depth: 0, threads: 1 };
-        let measured = Measured { test, speeds: vec![4.0, 1.0, 3.0, 2.0], bytes_per_token: 1e9, peak_rss: None };
-        assert_eq!((measured.average(), measured.median()), (2.5, 2.5));
-        assert!((measured.deviation() - (5.0f64 / 3.0).sqrt()).abs() < 1e-12);
-        assert_eq!(measured.gigabytes_per_second(), 2.5);
-        let single = Measured { speeds: vec![3.0], ..measured };
-        assert_eq!((single.median(), single.deviation()), (3.0, 0.0));
-    }
+    Ok(start.elapsed().as_secs_f64())
 }

@@ -145,6 +145,19 @@ impl Compute {
         Err(Error::unsupported(format!("kv: {word} is not supported: expected f32 or f16")))
     }
 
+    /// These options as arguments of a command line.
+    pub fn arguments(&self) -> Vec<String> {
+        let kv = self.kv.and_then(|kv| Some(kv.to_possible_value()?.get_name().to_string()));
+        let options = [
+            ("--kernel", self.kernel.kernel.clone().filter(|name| !name.is_empty())),
+            ("--kv", kv),
+            ("--act", Some(self.act().to_string())),
+            ("--batch", Some(self.batch.to_string())),
+        ];
+        let options = options.into_iter().filter_map(|(name, value)| Some([name.to_string(), value?])).flatten();
+        options.chain(self.no_packed.then(|| "--no-packed".to_string())).collect()
+    }
+
     /// The name of the activation mode.
     pub fn act(&self) -> &'static str {
         self.act.name()
