@@ -18,8 +18,8 @@ use super::Test;
 
 /// What is asked for when only a name is given.
 const USUAL: (&str, &str) = ("llama.cpp", "llama-bench");
-/// How often a running process is asked for its memory. The last moments before its end are not seen, but by then a model
-/// has long been loaded.
+/// How often a running process is asked for its memory, but at first more often. The last moments before its end are not
+/// seen, but by then a model has long been loaded.
 const EVERY: Duration = Duration::from_millis(20);
 
 /// `NAME=PATH`.
@@ -139,11 +139,14 @@ fn watch(command: &mut Command) -> std::io::Result<(Output, Option<u64>)> {
     let (running, ended) = channel::<()>();
     std::thread::scope(|scope| {
         let watcher = scope.spawn(move || {
-            let mut peak = None;
-            while ended.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
+            let (mut peak, mut pause) = (None, Duration::from_millis(1));
+            loop {
                 peak = machine::peak_rss_of(id).or(peak);
+                if ended.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+                    return peak;
+                }
+                pause = (2 * pause).min(EVERY);
             }
-            peak
         });
         let output = child.wait_with_output();
         drop(running);
