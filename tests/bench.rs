@@ -117,11 +117,11 @@ fn a_comparison() {
     let [a, b, c, d] = [line(6, 0, 0), line(0, 3, 0), line(6, 0, 4), line(0, 3, 4)];
     assert_eq!(log.lines().collect::<Vec<_>>(), [&a[..], &a, &a, &a, &b, &b, &c, &c, &d, &d]);
 
-    let markdown = ok(folder.bench(&["--vs", &one, "-n", "0"]));
+    let markdown = ok(folder.bench(&["--vs", &one]));
     assert!(markdown.contains("| threads | test | | gemrun | one | ratio |"), "{markdown}");
     assert!(markdown.contains("one: build 7 (abc)"), "{markdown}");
-    let csv = ok(folder.bench(&["--vs", &one, "--vs", &two, "-n", "0", "-o", "csv"]));
-    assert_eq!(csv.lines().count(), 4, "{csv}");
+    let csv = ok(folder.bench(&["--vs", &one, "--vs", &two, "-o", "csv"]));
+    assert_eq!(csv.lines().count(), 7, "{csv}");
 }
 
 #[test]
