@@ -8,14 +8,14 @@
 //! ```text
 //! pack.layout             version of the order of bytes and of this list
 //! pack.source.path        where the source was
-//! pack.source.key         SHA-256 of the source's size, time of change and tensor table
+//! pack.source.key         SHA-256 of the source's size, time of change, tensor table and a few of its weights
 //! blk.0.attn_q.weight     and so on, in the order of the source
 //! pack.sha256             three digests: the source, this header, the data between header and digests
 //! ```
 //!
-//! A copy belongs to a source if their keys agree, which takes no reading of tensor data; then the header's digest and a
-//! few blocks are compared. The rest of the data is compared only when asked ([`Packed::check`]), as nobody compares a
-//! model's data each time it is opened. What does not fit is not used, and the reason given.
+//! A copy belongs to a source if their keys agree, and is used if its header's digest agrees too, which takes less than a
+//! millisecond. Data is compared only when asked ([`Packed::check`]), as nobody compares a model's data each time it is
+//! opened. What does not fit is not used, and the reason given.
 //!
 //! Not here: which matrices are worth it (`model.rs` knows), and talking to people.
 
@@ -52,9 +52,10 @@ const PIECE: usize = 1 << 20;
 const MAX_GROUP: usize = 64 << 20;
 /// Written before the disk is waited for: progress that is shown has been made, and the end is not a long wait.
 const SYNC: usize = 64 << 20;
-/// Matrices of which a block is compared with the source when a copy is opened. That tells two models apart whose sizes,
+/// Matrices whose first bytes are part of the key, at most, and how many bytes. They tell two models apart whose sizes,
 /// shapes and times are the same: archives and package stores set all times to one value.
-const SPOTS: usize = 16;
+const SAMPLES: usize = 16;
+const SAMPLE_BYTES: usize = 64;
 
 /// Told the bytes read so far and of how many; says whether to go on.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
@@ -72,13 +73,13 @@ pub enum Found {
     Unusable(Error),
 }
 
-/// What tells a source from others without reading it, and from itself after a change.
+/// What tells a source from others, and from itself after a change, without reading much of it.
 struct Identity {
     path: PathBuf,
     bytes: u64,
     /// Nanoseconds since 1970.
     modified: i64,
-    /// SHA-256 of size, time and tensor table, in hex. Not of the path: files are moved.
+    /// SHA-256 of size, time, tensor table and samples, in hex. Not of the path: files are moved.
     key: String,
 }
 
@@ -98,6 +99,11 @@ impl Identity {
             hash.update(&tensor.name);
             hash.update(tensor.type_id.to_le_bytes());
             tensor.dims.iter().chain([&tensor.offset]).for_each(|n| hash.update(n.to_le_bytes()));
+        }
+        let matrices: Vec<&Tensor> = source.tensors().iter().filter(|tensor| format(tensor).is_some()).collect();
+        for tensor in matrices.iter().step_by(matrices.len().div_ceil(SAMPLES).max(1)) {
+            let bytes = source.bytes(tensor);
+            hash.update(&bytes[..bytes.len().min(SAMPLE_BYTES)]);
         }
         Some(Identity { path: place(path), bytes, modified, key: hex(&hash.finalize()) })
     }
@@ -150,7 +156,10 @@ fn made_from(copy: &Path, path: &Path) -> bool {
 /// Looks for a copy of `source`.
 pub fn find(store: &Path, source: &Gguf) -> Found {
     let files = files(store);
-    let Some(identity) = Identity::of(source).filter(|_| !files.is_empty()) else { return Found::Nothing };
+    if files.is_empty() {
+        return Found::Nothing;
+    }
+    let Some(identity) = Identity::of(source) else { return Found::Nothing };
     match files.iter().find(|path| ends_with(path, &identity.suffix())) {
         Some(path) => match Packed::open(path, source, &identity) {
             Ok(packed) => Found::Copy(packed),
@@ -184,16 +193,11 @@ impl Packed {
         if packed.digests()?[1] != header_digest(copy) {
             return Err(packed.wrong("header: damaged"));
         }
-        for tensor in packed.matrices() {
+        for tensor in copy.tensors().iter().filter(|tensor| tensor.name != DIGESTS) {
             let same = source.tensor(&tensor.name).filter(|s| (s.type_id, s.dims) == (tensor.type_id, tensor.dims));
             if same.and_then(format).is_none() {
                 return Err(packed.wrong(format!("tensor {}: not one of {}", tensor.name, source.name())));
             }
-        }
-        let count = packed.matrices().count();
-        let spots = packed.matrices().step_by(count.div_ceil(SPOTS).max(1));
-        if let Some(other) = spots.into_iter().find(|tensor| !packed.agrees(tensor, source)) {
-            return Err(packed.wrong(format!("tensor {}: other weights than in {}", other.name, source.name())));
         }
         Ok(packed)
     }
@@ -218,10 +222,6 @@ impl Packed {
         ((own.type_id, own.dims) == (tensor.type_id, tensor.dims)).then(|| self.0.bytes(own))
     }
 
-    fn matrices(&self) -> impl Iterator<Item = &Tensor> {
-        self.0.tensors().iter().filter(|tensor| tensor.name != DIGESTS)
-    }
-
     /// Digests of the source, of the header, of the data.
     fn digests(&self) -> Result<[[u8; DIGEST_BYTES]; 3]> {
         let tensor = self.0.tensor(DIGESTS).ok_or_else(|| self.wrong(format!("tensor {DIGESTS}: missing")))?;
@@ -229,17 +229,6 @@ impl Packed {
             ([source, header, data], []) => Ok([*source, *header, *data]),
             _ => Err(self.wrong(format!("tensor {DIGESTS}: {} bytes", tensor.bytes))),
         }
-    }
-
-    /// Whether the first block of the first eight rows is the source's.
-    fn agrees(&self, tensor: &Tensor, source: &Gguf) -> bool {
-        let (Some(format), Some(from)) = (format(tensor), source.tensor(&tensor.name)) else { return false };
-        let (bytes, own) = (source.bytes(from), self.0.bytes(tensor));
-        let (block, row_bytes) = (format.block_bytes(), bytes.len() / rows(tensor));
-        let blocks: Vec<u8> = (0..ROWS).flat_map(|row| &bytes[row * row_bytes..][..block]).copied().collect();
-        let mut interleaved = vec![0; blocks.len()];
-        format.interleave(&blocks, &mut interleaved);
-        own[..interleaved.len()] == interleaved
     }
 
     /// Reads source and copy from end to end and compares their digests.
@@ -430,7 +419,8 @@ pub fn write(store: &Path, source: &Gguf, names: &[String], progress: &mut Progr
     fs::rename(&part, &target).map_err(|e| Error::io(&target, &e))?;
     unfinished.0 = None;
     sync_directory(&directory)?;
-    for old in files(store).iter().filter(|old| **old != target && made_from(old, &identity.path)) {
+    let replaced = |old: &&PathBuf| ends_with(old, &identity.suffix()) || made_from(old, &identity.path);
+    for old in files(store).iter().filter(|old| **old != target).filter(replaced) {
         fs::remove_file(old).map_err(|e| Error::io(old, &e))?;
     }
     Ok(target)
@@ -467,11 +457,11 @@ fn write_file(
             let mut reader = reader.borrow_mut();
             reader.skip_to(source.data_start().saturating_add(tensor.offset))?;
             let group = group_bytes(tensor);
-            let pieces = (PIECE / group).max(1) * group;
+            let piece = (PIECE / group).max(1) * group;
             let mut left = tensor.bytes as usize;
-            let mut interleaved = vec![0; pieces.min(left)];
+            let mut interleaved = vec![0; piece.min(left)];
             while left > 0 {
-                let bytes = reader.read(pieces.min(left))?;
+                let bytes = reader.read(piece.min(left))?;
                 let groups = bytes.chunks_exact(group).zip(interleaved.chunks_exact_mut(group));
                 groups.for_each(|(from, to)| format.interleave(from, to));
                 write(to, &interleaved[..bytes.len()])?;

@@ -285,7 +285,12 @@ fn a_copy_follows_its_model_wherever_it_is_moved() {
     place.pack();
     let moved = place.folder.path().join("other name.gguf");
     fs::rename(place.model(), &moved).unwrap();
-    assert!(matches!(pack::find(&place.store(), &Gguf::open(&moved).unwrap()), Found::Copy(_)));
+    let source = Gguf::open(&moved).unwrap();
+    assert!(matches!(pack::find(&place.store(), &source), Found::Copy(_)));
+    // Packed again under its new name, it has one copy.
+    place.try_pack(&source, &mut go_on).unwrap();
+    assert_eq!(place.names().len(), 2, "{:?}", place.names());
+    assert!(matches!(pack::find(&place.store(), &source), Found::Copy(_)));
 }
 
 #[test]
@@ -314,18 +319,27 @@ fn a_changed_model_is_not_packed_any_more() {
     place.copy();
 }
 
-/// Same size, same shapes, same time: what unpacking an archive may give.
+/// Same size, same shapes, same time: what unpacking an archive may give. Each has its own copy.
 #[test]
-fn a_model_with_other_weights_is_another_model() {
+fn models_that_differ_in_weights_only_are_told_apart() {
     let place = Place::of(&spec());
     let path = place.pack();
     let modified = fs::metadata(place.model()).unwrap().modified().unwrap();
-    fs::write(place.model(), synth::gguf(&Spec { seed: 6, ..spec() })).unwrap();
-    File::options().write(true).open(place.model()).unwrap().set_modified(modified).unwrap();
+    let other = place.folder.path().join("other.gguf");
+    fs::write(&other, synth::gguf(&Spec { seed: 6, ..spec() })).unwrap();
+    File::options().write(true).open(&other).unwrap().set_modified(modified).unwrap();
+    let source = Gguf::open(&other).unwrap();
+    assert!(source.file_bytes() == place.source().file_bytes() && source.tensors() == place.source().tensors());
+    assert!(matches!(pack::find(&place.store(), &source), Found::Nothing));
+    place.try_pack(&source, &mut go_on).unwrap();
+    let Found::Copy(copy) = pack::find(&place.store(), &source) else { panic!("no copy") };
+    copy.check(&source, &mut go_on).unwrap();
+    place.copy().check(&place.source(), &mut go_on).unwrap();
+
+    fs::rename(&other, place.model()).unwrap();
+    fs::remove_file(pack::directory(&place.store()).join(copy.name())).unwrap();
     let name = path.file_name().unwrap().to_str().unwrap();
-    let trouble = place.trouble();
-    assert!(trouble.starts_with(&format!("{name}: tensor ")), "{trouble}");
-    assert!(trouble.ends_with(": other weights than in model.gguf"), "{trouble}");
+    assert_eq!(place.trouble(), format!("{name}: model.gguf has changed since it was packed"));
 }
 
 /// Every byte of the header, one after another, and every byte of the digests of source and header.
@@ -416,7 +430,7 @@ fn damaged_data_is_found_when_looked_for() {
         overwrite(&path, at, &[byte]);
     }
     place.copy().check(&source, &mut go_on).unwrap();
-    // A change of the model that neither its time nor the blocks compared at opening show.
+    // A change of the model that neither its time nor the samples in its key show.
     overwrite(&place.model(), source.file_bytes() - 1, &[0x55]);
     let error = place.copy().check(&source, &mut go_on).unwrap_err();
     assert_eq!(error.to_string(), "model.gguf: is not the file that was packed");
@@ -646,7 +660,7 @@ fn the_command_refuses_what_it_cannot_pack() {
     assert_eq!(error(&["pack", "missing.gguf"], 3), "missing.gguf: no such file or directory");
     assert_eq!(
         error(&["run", "model.gguf", "x", "--raw", "--kernel", "q4_0x8/scalar"], 6),
-        "kernel: q4_0x8/scalar: reads packed copies, and there is none of model.gguf"
+        "kernel: q4_0x8/scalar: reads packed copies, and none of model.gguf is in use"
     );
     // Where the directory should be, there is a file.
     fs::create_dir_all(place.store()).unwrap();

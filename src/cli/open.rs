@@ -231,7 +231,7 @@ impl Compute {
         if let Some(only) = numerics.kernel.only.filter(|only| only.layout() == Layout::Interleaved)
             && packed.is_none()
         {
-            let error = format!("kernel: {}: reads packed copies, and there is none of {}", only.name(), gguf.name());
+            let error = format!("kernel: {}: reads packed copies, and none of {} is in use", only.name(), gguf.name());
             return Err(Error::unsupported(error));
         }
         let map = start.elapsed();
