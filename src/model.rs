@@ -191,6 +191,12 @@ impl Model {
         self.weights().any(|weight| weight.kernel().layout() == Layout::Interleaved)
     }
 
+    /// How many tokens of a prompt are best computed at once. Weights unpacked for 64 tokens are as good as free. An expert is
+    /// sent few of a chunk's tokens, so that a chunk must be longer for its weights to be used more than once.
+    pub fn batch(&self) -> usize {
+        if self.config.experts.is_some() { 512 } else { 64 }
+    }
+
     /// Starts reading what the embeddings of `tokens` take from the file: on a slow disk, row after row would take long.
     pub fn read_ahead(&self, tokens: &[u32]) {
         self.token_embd.read_ahead(tokens);

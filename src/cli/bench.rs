@@ -141,6 +141,7 @@ impl Bench {
         let programs = self.programs(kv)?;
         let load_average = machine::load_average();
         let loaded = self.compute.load(&self.model)?;
+        let batch = batch.unwrap_or(loaded.model.batch());
         let longest = tests.iter().map(|test| test.depth.saturating_add(test.tokens())).max().unwrap_or(0);
         let trained = loaded.model.config.context;
         if longest > trained {

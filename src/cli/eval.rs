@@ -243,7 +243,9 @@ struct Runner {
 impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
         let (kv, batch, threads) = (compute.kv(KvType::F32)?, compute.batch()?, threads.count()?);
-        Ok(Runner { loaded: compute.load(model)?, team: Team::new(threads)?, kv, batch })
+        let loaded = compute.load(model)?;
+        let batch = batch.unwrap_or(loaded.model.batch());
+        Ok(Runner { loaded, team: Team::new(threads)?, kv, batch })
     }
 
     fn vocab(&self) -> usize {

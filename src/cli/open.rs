@@ -71,9 +71,9 @@ pub struct Compute {
     /// What activations become before a matrix product: auto is what the file was made for, float the slow reference
     #[arg(long, value_name = "MODE", default_value = "auto")]
     act: ActArg,
-    /// Tokens of a prompt computed at once
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    batch: usize,
+    /// Tokens of a prompt computed at once [default: 64; with experts 512]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
     /// Read the file alone, not its packed copy; slower, same results
     #[arg(long)]
     no_packed: bool,
@@ -125,11 +125,11 @@ impl Compute {
         Compute { act, ..self.clone() }
     }
 
-    /// The prompt chunk length.
-    pub fn batch(&self) -> Result<usize> {
+    /// The prompt chunk length, if one was asked for.
+    pub fn batch(&self) -> Result<Option<usize>> {
         match self.batch {
-            1..=4096 => Ok(self.batch),
-            other => Err(Error::usage(format!("batch: {other}: expected 1 to 4096"))),
+            None | Some(1..=4096) => Ok(self.batch),
+            Some(other) => Err(Error::usage(format!("batch: {other}: expected 1 to 4096"))),
         }
     }
 
@@ -152,7 +152,7 @@ impl Compute {
             ("--kernel", self.kernel.kernel.clone().filter(|name| !name.is_empty())),
             ("--kv", kv),
             ("--act", Some(self.act().to_string())),
-            ("--batch", Some(self.batch.to_string())),
+            ("--batch", self.batch.map(|batch| batch.to_string())),
         ];
         let options = options.into_iter().filter_map(|(name, value)| Some([name.to_string(), value?])).flatten();
         options.chain(self.no_packed.then(|| "--no-packed".to_string())).collect()

@@ -114,6 +114,7 @@ impl Run {
         let interrupt = interrupt_flag()?;
 
         let loaded = self.compute.load(&self.model)?;
+        let batch = batch.unwrap_or(loaded.model.batch());
         let context = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(loaded.model.config.context));
         let sampling = self.sampling(session::recommended(&loaded.gguf)?);
         let options = Options {
