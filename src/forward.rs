@@ -155,6 +155,9 @@ impl State {
     }
 }
 
+/// Positions after which looked-up rows are let go of: so many that it costs a token nothing to speak of.
+const ROWS_KEPT: usize = 16;
+
 /// Runs `tokens`, at most [`State::batch`] of them, at the positions after those in the cache. Returns the logits of the
 /// wanted tokens, (wanted, vocab), after the soft cap.
 ///
@@ -174,6 +177,9 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
     s.tap("inp_scaled", 0, |s| &s.x, n * dim);
     if let Some(ple) = &m.ple {
         per_layer_inputs(m, ple, team, s, tokens, common, &wanted);
+    }
+    if first / ROWS_KEPT != (first + n) / ROWS_KEPT {
+        m.let_go_of_rows();
     }
     for (il, layer) in m.layers.iter().enumerate() {
         let on = if il < common { 0..n } else { wanted.clone() };

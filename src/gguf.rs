@@ -411,6 +411,12 @@ impl Bytes {
         self.file.0.source.page_in(self.range.clone());
     }
 
+    /// Takes them out of this process's resident memory, where they need not be for now. They can be read as before. A hint;
+    /// errors do not matter.
+    pub fn let_go(&self) {
+        self.file.0.source.let_go(self.range.clone());
+    }
+
     /// About how many of them are not in memory, by looking at a page of each `every` bytes.
     pub fn missing(&self, every: usize) -> usize {
         let every = every.max(1);

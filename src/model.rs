@@ -36,6 +36,8 @@ pub struct Model {
     pub layers: Vec<Layer>,
     /// Names of the matrices that a packed copy may hold.
     interleavable: Vec<String>,
+    /// Whether the head has bytes of its own, so that of `token_embd` only rows are read.
+    own_head: bool,
 }
 
 /// The model-wide tensors of per-layer embeddings.
@@ -164,6 +166,11 @@ impl Model {
         if let Some(ple) = &ple {
             ple.per_layer_token_embd.advise_random();
         }
+        // Nothing reads the embedding as a whole where the head has bytes of its own.
+        let own_head = head != "token_embd.weight" || output.kernel().layout() == Layout::Interleaved;
+        if own_head {
+            token_embd.advise_random();
+        }
         let layers = (0..config.layers.len()).map(|il| load.layer(&config, il)).collect::<Result<Vec<_>>>()?;
         let output_norm = load.vector("output_norm.weight", dim)?;
         let interleavable = load.interleavable.into_inner();
@@ -176,8 +183,20 @@ impl Model {
             ple,
             layers,
             interleavable,
+            own_head,
             config,
         })
+    }
+
+    /// Takes the rows that were looked up out of this process's memory. A row brings along as many pages as the system likes
+    /// to map at once, up to megabytes, and over a conversation that adds up to tables that are never read as a whole.
+    pub fn let_go_of_rows(&self) {
+        if let Some(ple) = &self.ple {
+            ple.per_layer_token_embd.let_go();
+        }
+        if self.own_head {
+            self.token_embd.let_go();
+        }
     }
 
     /// Names of the matrices a token is multiplied by whose format has an interleaved order and whose rows, also of every

@@ -231,6 +231,11 @@ impl Table {
         self.bytes.advise_random();
     }
 
+    /// Takes rows that were looked up out of this process's memory.
+    pub fn let_go(&self) {
+        self.bytes.let_go();
+    }
+
     /// Starts reading some rows that will be looked up soon.
     pub fn read_ahead(&self, rows: &[u32]) {
         for row in rows.iter().map(|&row| row as usize).filter(|&row| row < self.rows) {

@@ -420,3 +420,27 @@ fn the_writer_refuses_what_the_reader_would() {
     w.metadata("general.alignment", 24_u32);
     assert_eq!(error(w), "new file: key general.alignment: is 24: expected a power of two from 8 to 65536");
 }
+
+/// Tables are let go of while others may read them: what they hold stays what the file holds.
+#[test]
+#[cfg(target_os = "linux")]
+fn bytes_that_were_let_go_of_are_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("demo.gguf");
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/demo.gguf"), &path).unwrap();
+    let file = Gguf::open(&path).unwrap();
+    let largest = file.tensors().iter().max_by_key(|tensor| file.bytes(tensor).len()).unwrap();
+    let bytes = file.bytes(largest);
+    let resident = || -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let map = maps.split_once(path.to_str().unwrap()).unwrap().1;
+        let line = map.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().trim().parse::<usize>().unwrap() * 1024
+    };
+    let before = bytes.to_vec();
+    let full = resident();
+    assert!(full >= bytes.len(), "{full} of {}", bytes.len());
+    bytes.let_go();
+    assert!(resident() <= full - bytes.len() + (1 << 13), "{full}, then {}", resident());
+    assert!(before == *bytes);
+}

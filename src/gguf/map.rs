@@ -91,6 +91,21 @@ impl Source {
         self.willneed(range);
     }
 
+    /// Lets go of the pages of `range`: the system keeps them in its cache, but they are no longer this process's memory, until
+    /// they are read again.
+    pub(super) fn let_go(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Source::Mapped(mapping) = self {
+            // SAFETY: the map is of a file, shared and read-only, so whoever reads these bytes, even now, gets the file's.
+            // A hint: errors do not matter.
+            let _ = unsafe {
+                mapping.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     /// Whether the page at `at` is in memory; `true` where the system does not tell.
     pub(super) fn resident(&self, at: usize) -> bool {
         #[cfg(target_os = "linux")]
