@@ -151,9 +151,9 @@ fn few<S: Eight, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out
         for t in 0..tokens.x.tokens {
             let mut acc = [s.splat(0); 3];
             for (at, a) in tokens.groups(t).chunks(8 / words::<B>()).enumerate() {
-                // The matmul will be in the eight rows after these next.
-                for i in 0..if at % 2 == 0 { 8 } else { 0 } {
-                    s.prefetch(bytes.as_ptr().wrapping_add((8 + i) * row_bytes + 32 * at));
+                // The eight rows after these, in the order in which they lie.
+                for line in (0..8 * 32).step_by(64) {
+                    s.prefetch(bytes.as_ptr().wrapping_add(8 * row_bytes + 8 * 32 * at + line));
                 }
                 let w = eight_words(s, bytes, row_bytes, 32 * at);
                 for (g, a) in a.iter().enumerate() {

@@ -94,10 +94,15 @@ fn low<S: Simd, C: Codes<S>>(s: S, c: C, at: usize, shift: usize, mask: u8) -> S
     s.field(c.bytes(s, at), shift, mask)
 }
 
-/// The same, moved up again.
+/// The same, moved up again: `((byte >> shift) & mask) << up`, by one shift.
 #[inline(always)]
 fn high<S: Simd, C: Codes<S>>(s: S, c: C, at: usize, shift: usize, mask: u8, up: usize) -> S::B {
-    s.shl(s.field(c.bytes(s, at), shift, mask), up)
+    let bytes = c.bytes(s, at);
+    if shift >= up {
+        s.field(bytes, shift - up, mask << up)
+    } else {
+        s.shl(s.field(bytes, 0, mask << shift), up - shift)
+    }
 }
 
 /// The integers of group `g`: `q + BIAS` where the format's span is at most 127, else `q`.
@@ -255,22 +260,6 @@ impl<'a> EightRows<'a> {
             *to = row[at..].first_chunk().expect("16 bytes");
         }
         sixteen
-    }
-
-    /// Asks for what lies `ahead` of this block; `k` is the number of the group at hand in its row. The rows of a large
-    /// block take turns, a row a group; small blocks share lines, so that every few groups will do.
-    #[inline(always)]
-    pub fn prefetch<S: Simd>(&self, s: S, k: usize, per_block: usize, ahead: usize) {
-        if per_block == 8 {
-            let row = self.0[k % 8];
-            for at in (0..row.len()).step_by(64) {
-                s.prefetch(row.as_ptr().wrapping_add(ahead + at));
-            }
-        } else if k.is_multiple_of(2) {
-            for row in self.0 {
-                s.prefetch(row.as_ptr().wrapping_add(ahead));
-            }
-        }
     }
 }
 

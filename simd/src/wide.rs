@@ -396,7 +396,7 @@ fn start<S: Simd, B: Block>(s: S, lanes: &Lanes<S>, sums: &[i16; 2]) -> S::I {
     if bias == 0 {
         s.splat(0)
     } else if const { unpack::sub_scales(B::FORMAT) } {
-        s.weighted([s.mul(lanes.s[0], s.splat(-bias)), s.mul(lanes.s[1], s.splat(-bias))], sums)
+        s.mul(s.weighted(lanes.s, sums), s.splat(-bias))
     } else {
         s.start(sums, bias)
     }
@@ -446,6 +446,7 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
     let block_bytes = const { B::FORMAT.block_bytes() };
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / block_bytes;
+    let group_bytes = const { 8 * B::FORMAT.block_bytes() / (B::FORMAT.block_elems() / 32) };
     for (r, w) in w.chunks(8 * row_bytes).enumerate() {
         let n = w.len() / row_bytes;
         let rows = EightRows::new(w, row_bytes);
@@ -459,8 +460,11 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                     unrolled!(inner < period, {
                         let g = outer * period + inner;
                         let (a, da, sums) = token.group(b * per_block + g);
-                        // The matmul will be in the eight rows after these next.
-                        block.prefetch(s, b * per_block + g, per_block, 8 * row_bytes);
+                        // The eight rows after these, in the order in which they lie.
+                        let next = w.as_ptr().wrapping_add(8 * row_bytes + (b * per_block + g) * group_bytes);
+                        for line in (0..group_bytes).step_by(64) {
+                            s.prefetch(next.wrapping_add(line));
+                        }
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
                         acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
