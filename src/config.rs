@@ -47,6 +47,26 @@ pub struct Config {
     pub layers: Vec<LayerConfig>,
     /// `tokenizer.ggml.suppress_tokens`: ids that are never to be sampled.
     pub suppress: Vec<u32>,
+    /// Static scales, of files that were trained with them.
+    pub srq: Option<Srq>,
+}
+
+/// What a file with static activation scales (`{arch}.srq.version` 1) says beyond them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Srq {
+    /// How each layer's keys and values are rounded; one entry per layer.
+    pub kv: Vec<KvScale>,
+}
+
+/// The static rounding of one layer's keys and values: integer = value / scale, to nearest, half to even.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct KvScale {
+    /// `{arch}.srq.kv.bits`: 4 (−8 to 7) or 8 (−128 to 127); 0 for layers that share another's cache.
+    pub bits: u8,
+    /// `{arch}.srq.kv.k_scale`; 0 where keys are not to be rounded.
+    pub k: f32,
+    /// `{arch}.srq.kv.v_scale`; 0 where values are not to be rounded.
+    pub v: f32,
 }
 
 /// Rotary position embedding of one class of layers.
@@ -187,6 +207,7 @@ impl Config {
             )));
         }
         let suppress = keys.suppressed(vocab)?;
+        let srq = keys.srq(&layers)?;
         Ok(Config {
             dim,
             vocab,
@@ -200,6 +221,7 @@ impl Config {
             experts,
             layers,
             suppress,
+            srq,
         })
     }
 
@@ -286,6 +308,62 @@ impl Keys<'_> {
             Err(_) => Err(self.wrong(key, value, &format!("{low} to {high}"))),
         };
         values.map(entry).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// The static rounding a file was trained with. One of a kind that is not known here would give wrong answers, so it is
+    /// refused.
+    fn srq(&self, layers: &[LayerConfig]) -> Result<Option<Srq>> {
+        let Some(version) = self.gguf.uint(&Self::full("srq.version"))? else { return Ok(None) };
+        let missing = |key| self.wrong(key, "missing", "it beside srq.version");
+        let unknown = |key: &str, found: &dyn std::fmt::Display, expected: &str| {
+            let (file, key, found) = (self.gguf.name(), Self::full(key), crate::error::printable(&found.to_string()));
+            Err(Error::unsupported(format!("{file}: {key}: {found} is not supported: expected {expected}")))
+        };
+        if version != 1 {
+            return unknown("srq.version", &version, "1");
+        }
+        for (key, expected) in [("srq.scheme", "wna8o8"), ("srq.round", "half_even")] {
+            let found = self.gguf.string(&Self::full(key))?.ok_or_else(|| missing(key))?;
+            if found != expected {
+                return unknown(key, &found, expected);
+            }
+        }
+        for (key, expected) in [("srq.qmin", -128), ("srq.qmax", 127)] {
+            let found = self.gguf.get(&Self::full(key)).ok_or_else(|| missing(key))?.as_int();
+            if found != Some(expected) {
+                let found = found.map_or("not an integer".to_string(), |found| found.to_string());
+                return unknown(key, &found, &expected.to_string());
+            }
+        }
+        let (k, v) = (self.scales("srq.kv.k_scale", layers.len())?, self.scales("srq.kv.v_scale", layers.len())?);
+        let bits = self.per_layer("srq.kv.bits", layers.len(), 0, 8)?;
+        let bits = bits.ok_or_else(|| missing("srq.kv.bits"))?;
+        let kv = (0..layers.len()).map(|il| match (layers[il].kv_layer == il, bits[il]) {
+            (false, _) => Ok(KvScale::default()),
+            (true, width @ (4 | 8)) => Ok(KvScale { bits: width as u8, k: k[il], v: v[il] }),
+            (true, width) => Err(self.wrong("srq.kv.bits", format!("{width} for layer {il}"), "4 or 8")),
+        });
+        Ok(Some(Srq { kv: kv.collect::<Result<_>>()? }))
+    }
+
+    /// One scale for each layer.
+    fn scales(&self, key: &str, layers: usize) -> Result<Vec<f32>> {
+        let array = self.gguf.array(&Self::full(key))?;
+        let array = array.ok_or_else(|| self.wrong(key, "missing", "it beside srq.version"))?;
+        if array.len() != layers {
+            return Err(self.wrong(
+                key,
+                format!("{} entries", array.len()),
+                &format!("one for each of {layers} layers"),
+            ));
+        }
+        let scales: Vec<f32> = array.floats()?.collect();
+        // Below this a value divided by the scale could overflow: no network has activations so small.
+        const LEAST: f32 = 1e-30;
+        match scales.iter().find(|&&scale| scale != 0.0 && !(LEAST..=f32::MAX).contains(&scale)) {
+            Some(scale) => Err(self.wrong(key, scale, &format!("0 or {LEAST:e} and more"))),
+            None => Ok(scales),
+        }
     }
 
     fn pattern(&self, key: &str, layers: usize) -> Result<Vec<bool>> {
