@@ -2,14 +2,17 @@
 //!
 //! One [`Config`] describes every released shape: what differs from layer to layer (sliding or global, head width,
 //! feed-forward width, whose cache is read) is resolved here into one [`LayerConfig`] per layer, so that no other
-//! file needs to know how the metadata spells it. Keys are named in the field docs; `{arch}` is `gemma4`.
+//! file needs to know how the metadata spells it. Keys are named in the field docs; `{arch}` is the file's
+//! `general.architecture`.
 //! Nothing here looks at tensors.
 
 use crate::gguf::Gguf;
+use crate::weight::StaticScales;
 use crate::{Error, Result};
 
-/// The one architecture this program runs.
-pub const ARCHITECTURE: &str = "gemma4";
+/// The architectures this program runs: Gemma 4, and the same with channel-wise weights and static activation scales as
+/// files of our own making hold them, under another name because other programs would take the weights for something else.
+pub const ARCHITECTURES: [&str; 2] = ["gemma4", "gemma4-srq"];
 
 /// More layers than any transformer has; bounds work and memory of a crafted file (the largest Gemma 4 has 60).
 const MAX_LAYERS: u64 = 512;
@@ -54,9 +57,19 @@ pub struct Config {
 /// What a file with static activation scales (`{arch}.srq.version` 1) says beyond them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Srq {
+    /// `{arch}.srq`: what its keys begin with.
+    pub prefix: String,
     /// How each layer's keys and values are rounded; one entry per layer.
     pub kv: Vec<KvScale>,
+    /// `{arch}.srq.input_scale.{role}`, `{arch}.srq.output_scale.{role}`: those of each matrix of [`ROLES`], one entry per layer.
+    pub layers: Vec<[StaticScales; ROLES.len()]>,
+    /// The same of the head.
+    pub output: StaticScales,
 }
+
+/// The matrices of a layer that are multiplied with rounded activations.
+pub const ROLES: [&str; 9] =
+    ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "inp_gate", "proj"];
 
 /// The static rounding of one layer's keys and values: integer = value / scale, to nearest, half to even.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -110,13 +123,15 @@ pub struct LayerConfig {
 impl Config {
     /// Reads and checks the hyper-parameters of `gguf`.
     pub fn from_gguf(gguf: &Gguf) -> Result<Config> {
-        let keys = Keys { gguf };
+        let mut keys = Keys { gguf, arch: ARCHITECTURES[0] };
         let found = gguf.string("general.architecture")?.ok_or_else(|| keys.missing("general.architecture"))?;
-        if found != ARCHITECTURE {
-            let error =
-                format!("{}: general.architecture: {found} is not supported: expected {ARCHITECTURE}", gguf.name());
-            return Err(Error::unsupported(error));
-        }
+        keys.arch = ARCHITECTURES.into_iter().find(|&known| known == found).ok_or_else(|| {
+            let known = ARCHITECTURES.join(" or ");
+            Error::unsupported(format!(
+                "{}: general.architecture: {found} is not supported: expected {known}",
+                gguf.name()
+            ))
+        })?;
         if let Some(parts) = gguf.uint("split.count")?.filter(|&parts| parts > 1) {
             let error = format!("{}: split.count: one of {parts} parts: expected the model in one file", gguf.name());
             return Err(Error::unsupported(error));
@@ -225,6 +240,12 @@ impl Config {
         })
     }
 
+    /// The static activation scales of the matrix `blk.{il}.{role}`, if the file has any.
+    pub fn static_scales(&self, il: usize, role: &str) -> Option<StaticScales> {
+        let role = ROLES.iter().position(|known| *known == role)?;
+        Some(self.srq.as_ref()?.layers[il][role])
+    }
+
     /// The rotary embedding of `layer`'s class.
     pub fn rope(&self, layer: &LayerConfig) -> Rope {
         if layer.sliding { self.rope_sliding } else { self.rope_global }
@@ -245,23 +266,24 @@ impl Config {
 /// Typed look-up of `{arch}.*` keys with errors that name file and key.
 struct Keys<'a> {
     gguf: &'a Gguf,
+    arch: &'static str,
 }
 
 impl Keys<'_> {
-    fn full(key: &str) -> String {
-        format!("{ARCHITECTURE}.{key}")
+    fn full(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
     }
 
     fn missing(&self, full_key: &str) -> Error {
-        Error::invalid(format!("{}: {full_key}: missing: every {ARCHITECTURE} model has it", self.gguf.name()))
+        Error::invalid(format!("{}: {full_key}: missing: every {} model has it", self.gguf.name(), self.arch))
     }
 
     fn missing_key(&self, key: &str) -> Error {
-        self.missing(&Self::full(key))
+        self.missing(&self.full(key))
     }
 
     fn wrong(&self, key: &str, found: impl std::fmt::Display, expected: &str) -> Error {
-        Error::invalid(format!("{}: {}: {found}: expected {expected}", self.gguf.name(), Self::full(key)))
+        Error::invalid(format!("{}: {}: {found}: expected {expected}", self.gguf.name(), self.full(key)))
     }
 
     fn range(&self, key: &str, value: u64, low: u64, high: u64) -> Result<usize> {
@@ -272,24 +294,24 @@ impl Keys<'_> {
     }
 
     fn uint(&self, key: &str, low: u64, high: u64) -> Result<usize> {
-        let value = self.gguf.uint(&Self::full(key))?.ok_or_else(|| self.missing_key(key))?;
+        let value = self.gguf.uint(&self.full(key))?.ok_or_else(|| self.missing_key(key))?;
         self.range(key, value, low, high)
     }
 
     fn uint_or(&self, key: &str, default: usize, low: u64, high: u64) -> Result<usize> {
-        match self.gguf.uint(&Self::full(key))? {
+        match self.gguf.uint(&self.full(key))? {
             Some(value) => self.range(key, value, low, high),
             None => Ok(default),
         }
     }
 
     fn float(&self, key: &str) -> Result<Option<f32>> {
-        self.gguf.float(&Self::full(key))
+        self.gguf.float(&self.full(key))
     }
 
     /// A scalar for all layers, or an array with one integer per layer.
     fn per_layer(&self, key: &str, layers: usize, low: u64, high: u64) -> Result<Option<Vec<usize>>> {
-        let full = Self::full(key);
+        let full = self.full(key);
         if !matches!(self.gguf.get(&full), Some(crate::gguf::Value::Array(_))) {
             let Some(value) = self.gguf.uint(&full)? else { return Ok(None) };
             return Ok(Some(vec![self.range(key, value, low, high)?; layers]));
@@ -313,23 +335,23 @@ impl Keys<'_> {
     /// The static rounding a file was trained with. One of a kind that is not known here would give wrong answers, so it is
     /// refused.
     fn srq(&self, layers: &[LayerConfig]) -> Result<Option<Srq>> {
-        let Some(version) = self.gguf.uint(&Self::full("srq.version"))? else { return Ok(None) };
+        let Some(version) = self.gguf.uint(&self.full("srq.version"))? else { return Ok(None) };
         let missing = |key| self.wrong(key, "missing", "it beside srq.version");
         let unknown = |key: &str, found: &dyn std::fmt::Display, expected: &str| {
-            let (file, key, found) = (self.gguf.name(), Self::full(key), crate::error::printable(&found.to_string()));
+            let (file, key, found) = (self.gguf.name(), self.full(key), crate::error::printable(&found.to_string()));
             Err(Error::unsupported(format!("{file}: {key}: {found} is not supported: expected {expected}")))
         };
         if version != 1 {
             return unknown("srq.version", &version, "1");
         }
         for (key, expected) in [("srq.scheme", "wna8o8"), ("srq.round", "half_even")] {
-            let found = self.gguf.string(&Self::full(key))?.ok_or_else(|| missing(key))?;
+            let found = self.gguf.string(&self.full(key))?.ok_or_else(|| missing(key))?;
             if found != expected {
                 return unknown(key, &found, expected);
             }
         }
         for (key, expected) in [("srq.qmin", -128), ("srq.qmax", 127)] {
-            let found = self.gguf.get(&Self::full(key)).ok_or_else(|| missing(key))?.as_int();
+            let found = self.gguf.get(&self.full(key)).ok_or_else(|| missing(key))?.as_int();
             if found != Some(expected) {
                 let found = found.map_or("not an integer".to_string(), |found| found.to_string());
                 return unknown(key, &found, &expected.to_string());
@@ -343,12 +365,26 @@ impl Keys<'_> {
             (true, width @ (4 | 8)) => Ok(KvScale { bits: width as u8, k: k[il], v: v[il] }),
             (true, width) => Err(self.wrong("srq.kv.bits", format!("{width} for layer {il}"), "4 or 8")),
         });
-        Ok(Some(Srq { kv: kv.collect::<Result<_>>()? }))
+        let kv = kv.collect::<Result<_>>()?;
+        let mut scales = vec![[StaticScales::default(); ROLES.len()]; layers.len()];
+        for (r, role) in ROLES.iter().enumerate() {
+            let input = self.scales(&format!("srq.input_scale.{role}"), layers.len())?;
+            let output = self.scales(&format!("srq.output_scale.{role}"), layers.len())?;
+            for (scales, (input, output)) in scales.iter_mut().zip(input.into_iter().zip(output)) {
+                scales[r] = StaticScales { input, output };
+            }
+        }
+        let head = |side: &str| {
+            let key = format!("srq.{side}_scale.output");
+            self.float(&key)?.map_or(Ok(0.0), |scale| self.scale(&key, scale))
+        };
+        let output = StaticScales { input: head("input")?, output: head("output")? };
+        Ok(Some(Srq { prefix: self.full("srq"), kv, layers: scales, output }))
     }
 
     /// One scale for each layer.
     fn scales(&self, key: &str, layers: usize) -> Result<Vec<f32>> {
-        let array = self.gguf.array(&Self::full(key))?;
+        let array = self.gguf.array(&self.full(key))?;
         let array = array.ok_or_else(|| self.wrong(key, "missing", "it beside srq.version"))?;
         if array.len() != layers {
             return Err(self.wrong(
@@ -357,17 +393,20 @@ impl Keys<'_> {
                 &format!("one for each of {layers} layers"),
             ));
         }
-        let scales: Vec<f32> = array.floats()?.collect();
+        array.floats()?.map(|scale| self.scale(key, scale)).collect()
+    }
+
+    fn scale(&self, key: &str, scale: f32) -> Result<f32> {
         // Below this a value divided by the scale could overflow: no network has activations so small.
         const LEAST: f32 = 1e-30;
-        match scales.iter().find(|&&scale| scale != 0.0 && !(LEAST..=f32::MAX).contains(&scale)) {
-            Some(scale) => Err(self.wrong(key, scale, &format!("0 or {LEAST:e} and more"))),
-            None => Ok(scales),
+        if scale != 0.0 && !(LEAST..=f32::MAX).contains(&scale) {
+            return Err(self.wrong(key, scale, &format!("0 or {LEAST:e} and more")));
         }
+        Ok(scale)
     }
 
     fn pattern(&self, key: &str, layers: usize) -> Result<Vec<bool>> {
-        let array = self.gguf.array(&Self::full(key))?.ok_or_else(|| self.missing_key(key))?;
+        let array = self.gguf.array(&self.full(key))?.ok_or_else(|| self.missing_key(key))?;
         if array.len() != layers {
             return Err(self.wrong(
                 key,
@@ -386,7 +425,7 @@ impl Keys<'_> {
         };
         let value_dim = self.uint_or(&value_name, dim, 1, MAX_WIDTH)?;
         if value_dim != dim {
-            return Err(self.wrong(&value_name, value_dim, &format!("{dim} as {}", Self::full(&key_name))));
+            return Err(self.wrong(&value_name, value_dim, &format!("{dim} as {}", self.full(&key_name))));
         }
         if dim % 2 != 0 {
             return Err(self.wrong(&key_name, dim, "an even number"));

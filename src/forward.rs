@@ -12,15 +12,13 @@
 
 use std::ops::Range;
 
-use gemrun_simd::ActsBuf;
-
 use crate::attend::{self, Attention};
 use crate::config::{Config, LayerConfig};
 use crate::kv::{Kv, KvType};
 use crate::model::{KeyValue, Layer, Model, Moe, PerLayerEmbedding};
 use crate::ops::{RopeTable, add_rms_norm, rms_norm, rms_norm_in_place};
 use crate::team::Team;
-use crate::weight::{acts, gelu_acts, multiply};
+use crate::weight::{ActsBufs, acts, gelu_acts, multiply};
 use crate::{Error, Result};
 
 /// Which tokens of a chunk need logits.
@@ -45,8 +43,8 @@ impl Want {
     }
 }
 
-/// Receives intermediate results: a name as in llama.cpp's graph, the layer (0 for the whole model), the values.
-pub type Tap = Box<dyn FnMut(&str, usize, &[f32]) + Send>;
+/// Receives intermediate results and may change them: a name as in llama.cpp's graph, the layer (0 for the whole model), the values.
+pub type Tap = Box<dyn FnMut(&str, usize, &mut [f32]) + Send>;
 
 /// A conversation's cache and the buffers of the pass.
 pub struct State {
@@ -57,7 +55,7 @@ pub struct State {
     /// Whether tokens stop where nothing more is wanted of them. Only speed depends on it.
     pub shortcut: bool,
     batch: usize,
-    acts: ActsBuf,
+    acts: ActsBufs,
     rope_sliding: RopeTable,
     rope_global: RopeTable,
     x: Vec<f32>,        // (tokens, dim) residual stream
@@ -117,7 +115,7 @@ impl State {
             tap: None,
             shortcut: true,
             batch,
-            acts: ActsBuf::default(),
+            acts: Default::default(),
             rope_sliding: RopeTable::new(c.rope_sliding, None),
             rope_global: RopeTable::new(c.rope_global, Some(&model.rope_freqs)),
             x: buffer(c.dim),
@@ -147,9 +145,9 @@ impl State {
         self.kv.truncate(len, model.config.window)
     }
 
-    fn tap(&mut self, name: &str, layer: usize, values: fn(&State) -> &[f32], len: usize) {
+    fn tap(&mut self, name: &str, layer: usize, values: fn(&mut State) -> &mut [f32], len: usize) {
         if let Some(mut tap) = self.tap.take() {
-            tap(name, layer, &values(self)[..len]);
+            tap(name, layer, &mut values(self)[..len]);
             self.tap = Some(tap);
         }
     }
@@ -174,7 +172,7 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
     let common = if s.shortcut { m.config.last_kv_layer() } else { m.layers.len() };
 
     embed(m, s, tokens);
-    s.tap("inp_scaled", 0, |s| &s.x, n * dim);
+    s.tap("inp_scaled", 0, |s| &mut s.x, n * dim);
     if let Some(ple) = &m.ple {
         per_layer_inputs(m, ple, team, s, tokens, common, &wanted);
     }
@@ -190,7 +188,7 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
         feed_forward(m, layer, il, team, s, &on);
         per_layer_embedding(m, layer, il, team, s, &on, common);
         m.ops.scale(&mut s.x[rows(&on, dim)], layer.layer_output_scale);
-        s.tap("l_out", il, |s| &s.x, n * dim);
+        s.tap("l_out", il, |s| &mut s.x, n * dim);
     }
     s.kv.advance(n);
     logits(m, team, s, &wanted);
@@ -243,8 +241,8 @@ fn per_layer_inputs(
             continue;
         }
         let proj = p.per_layer_model_proj.slice(layers.clone());
-        let x = acts(ops, team, &mut s.acts, &s.x[rows(&of, dim)], &[&proj]);
-        multiply(team, [(x, &proj, &mut out[..])]);
+        let [x] = acts(ops, team, &mut s.acts, &s.x[rows(&of, dim)], [&proj]);
+        multiply(ops, team, [(x, &proj, &mut out[..])]);
         ops.scale(out, 1.0 / (dim as f32).sqrt());
         rms_norm_in_place(ops, team, out, ple, Some(&p.per_layer_proj_norm), eps);
         for (row, &token) in out.chunks_exact_mut(layers.len()).zip(&tokens[of]) {
@@ -273,17 +271,19 @@ fn attention(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n:
     let (k, v) = (&mut s.k[..n * kv_width], &mut s.v[..n * kv_width]);
     match &layer.attn_kv {
         Some(KeyValue { attn_k, attn_v: Some(attn_v), .. }) => {
-            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q, attn_k, attn_v]);
-            multiply(team, [(h.part(queries), &layer.attn_q, &mut *q), (h, attn_k, &mut *k), (h, attn_v, &mut *v)]);
+            let [h_q, h_k, h_v] = acts(ops, team, &mut s.acts, h, [&layer.attn_q, attn_k, attn_v]);
+            let q = (layer.attn_q.part(&h_q, queries), &layer.attn_q, &mut *q);
+            multiply(ops, team, [q, (h_k, attn_k, &mut *k), (h_v, attn_v, &mut *v)]);
         }
         Some(KeyValue { attn_k, attn_v: None, .. }) => {
-            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q, attn_k]);
-            multiply(team, [(h.part(queries), &layer.attn_q, &mut *q), (h, attn_k, &mut *k)]);
+            let [h_q, h_k] = acts(ops, team, &mut s.acts, h, [&layer.attn_q, attn_k]);
+            let q = (layer.attn_q.part(&h_q, queries), &layer.attn_q, &mut *q);
+            multiply(ops, team, [q, (h_k, attn_k, &mut *k)]);
             v.copy_from_slice(k); // before its norm and rotation
         }
         None => {
-            let h = acts(ops, team, &mut s.acts, h, &[&layer.attn_q]);
-            multiply(team, [(h, &layer.attn_q, &mut *q)]);
+            let [h] = acts(ops, team, &mut s.acts, h, [&layer.attn_q]);
+            multiply(ops, team, [(h, &layer.attn_q, &mut *q)]);
         }
     }
     if let Some(kv) = &layer.attn_kv {
@@ -307,10 +307,10 @@ fn attention(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State, n:
     attention.run(&mut s.attend, q, o);
 
     let h = &mut s.h[rows(on, dim)];
-    let o = acts(ops, team, &mut s.acts, o, &[&layer.attn_output]);
-    multiply(team, [(o, &layer.attn_output, &mut *h)]);
+    let [o] = acts(ops, team, &mut s.acts, o, [&layer.attn_output]);
+    multiply(ops, team, [(o, &layer.attn_output, &mut *h)]);
     add_rms_norm(ops, team, &mut s.x[rows(on, dim)], h, &layer.post_attention_norm, eps);
-    s.tap("attn_out", il, |s| &s.x, n * dim);
+    s.tap("attn_out", il, |s| &mut s.x, n * dim);
 }
 
 /// x += rms(ffn(x)) · post_ffw_norm
@@ -321,10 +321,10 @@ fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State,
     let (n, on) = (on.len(), rows(on, dim));
     rms_norm(ops, team, &mut s.h[on.clone()], &s.x[on.clone()], &layer.ffn_norm, eps);
     let (gate, up) = (&mut s.gate[..n * ff], &mut s.up[..n * ff]);
-    let h = acts(ops, team, &mut s.acts, &s.h[on.clone()], &[&layer.ffn_gate, &layer.ffn_up]);
-    multiply(team, [(h, &layer.ffn_gate, &mut *gate), (h, &layer.ffn_up, &mut *up)]);
+    let [h_gate, h_up] = acts(ops, team, &mut s.acts, &s.h[on.clone()], [&layer.ffn_gate, &layer.ffn_up]);
+    multiply(ops, team, [(h_gate, &layer.ffn_gate, &mut *gate), (h_up, &layer.ffn_up, &mut *up)]);
     let gate = gelu_acts(ops, team, &mut s.acts, gate, up, &layer.ffn_down);
-    multiply(team, [(gate, &layer.ffn_down, &mut s.h[on.clone()])]);
+    multiply(ops, team, [(gate, &layer.ffn_down, &mut s.h[on.clone()])]);
     if let Some(moe) = &layer.moe {
         rms_norm_in_place(ops, team, &mut s.h[on.clone()], dim, Some(&moe.post_ffw_norm_1), eps);
         s.moe.dense[..n * dim].copy_from_slice(&s.h[on.clone()]);
@@ -332,7 +332,7 @@ fn feed_forward(m: &Model, layer: &Layer, il: usize, team: &Team, s: &mut State,
         ops.add(&mut s.h[on.clone()], &s.moe.dense[..n * dim]);
     }
     add_rms_norm(ops, team, &mut s.x[on.clone()], &mut s.h[on.clone()], &layer.post_ffw_norm, eps);
-    s.tap("ffn_out", il, |s| &s.x, on.end);
+    s.tap("ffn_out", il, |s| &mut s.x, on.end);
 }
 
 /// h = rms(Σ over the chosen experts of weight · scale · expert(rms(x) · pre_ffw_norm_2)) · post_ffw_norm_2
@@ -358,10 +358,10 @@ fn experts(m: &Model, moe: &Moe, il: usize, team: &Team, s: &mut State, on: Rang
             input.copy_from_slice(&s.h[on.start + token * dim..][..dim]);
         }
         let (gate, up) = (&mut s.gate[..members * ff], &mut s.up[..members * ff]);
-        let input = acts(ops, team, &mut s.acts, &b.input[..members * dim], &[&expert.gate, &expert.up]);
-        multiply(team, [(input, &expert.gate, &mut *gate), (input, &expert.up, &mut *up)]);
+        let [in_gate, in_up] = acts(ops, team, &mut s.acts, &b.input[..members * dim], [&expert.gate, &expert.up]);
+        multiply(ops, team, [(in_gate, &expert.gate, &mut *gate), (in_up, &expert.up, &mut *up)]);
         let gate = gelu_acts(ops, team, &mut s.acts, gate, up, &expert.down);
-        multiply(team, [(gate, &expert.down, &mut b.output[..members * dim])]);
+        multiply(ops, team, [(gate, &expert.down, &mut b.output[..members * dim])]);
         for (output, &(token, slot)) in b.output.chunks_exact_mut(dim).zip(&b.members) {
             let at = token * e.used + slot;
             ops.scale(output, moe.ffn_down_exps_scale[index]);
@@ -389,8 +389,8 @@ fn route(m: &Model, moe: &Moe, team: &Team, s: &mut State, on: Range<usize>) {
     for row in h.chunks_exact_mut(dim) {
         row.iter_mut().zip(&moe.ffn_gate_inp_scale).for_each(|(x, scale)| *x *= scale);
     }
-    let h = acts(ops, team, &mut s.acts, h, &[&moe.ffn_gate_inp]);
-    multiply(team, [(h, &moe.ffn_gate_inp, &mut s.moe.router[..n * e.count])]);
+    let [h] = acts(ops, team, &mut s.acts, h, [&moe.ffn_gate_inp]);
+    multiply(ops, team, [(h, &moe.ffn_gate_inp, &mut s.moe.router[..n * e.count])]);
     s.moe.chosen.clear();
     for row in s.moe.router.chunks_exact_mut(e.count).take(n) {
         ops.softmax(row);
@@ -427,17 +427,17 @@ fn per_layer_embedding(
     let Config { dim, ple, eps, .. } = m.config;
     let ops = m.ops;
     let gated = &mut s.gated[..on.len() * ple];
-    let x = acts(ops, team, &mut s.acts, &s.x[rows(on, dim)], &[&p.inp_gate]);
-    multiply(team, [(x, &p.inp_gate, &mut *gated)]);
+    let [x] = acts(ops, team, &mut s.acts, &s.x[rows(on, dim)], [&p.inp_gate]);
+    multiply(ops, team, [(x, &p.inp_gate, &mut *gated)]);
     let (inputs, layers, il_there) =
         if il < common { (&s.ple, common, il) } else { (&s.late_ple, m.layers.len() - common, il - common) };
     for (gated, inputs) in gated.chunks_exact_mut(ple).zip(inputs.chunks_exact(layers * ple)) {
         ops.gelu_mul(gated, &inputs[il_there * ple..][..ple]);
     }
-    let gated = acts(ops, team, &mut s.acts, gated, &[&p.proj]);
-    multiply(team, [(gated, &p.proj, &mut s.h[rows(on, dim)])]);
+    let [gated] = acts(ops, team, &mut s.acts, gated, [&p.proj]);
+    multiply(ops, team, [(gated, &p.proj, &mut s.h[rows(on, dim)])]);
     add_rms_norm(ops, team, &mut s.x[rows(on, dim)], &mut s.h[rows(on, dim)], &p.post_norm, eps);
-    s.tap("per_layer_embd_out", il, |s| &s.x, on.end * dim);
+    s.tap("per_layer_embd_out", il, |s| &mut s.x, on.end * dim);
 }
 
 /// logits = softcap(output · (rms(x) · output_norm)) of the wanted tokens
@@ -452,12 +452,12 @@ fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>) {
     }
     let h = &mut s.h[..n * dim];
     rms_norm(m.ops, team, h, &s.x[rows(wanted, dim)], &m.output_norm, eps);
-    let h = acts(m.ops, team, &mut s.acts, h, &[&m.output]);
-    multiply(team, [(h, &m.output, &mut s.logits)]);
+    let [h] = acts(m.ops, team, &mut s.acts, h, [&m.output]);
+    multiply(m.ops, team, [(h, &m.output, &mut s.logits)]);
     if let Some(cap) = m.config.softcap {
         let all = s.logits.len();
         team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| m.ops.softcap(part.row(0), cap));
     }
-    s.tap("result_norm", 0, |s| &s.h, n * dim);
-    s.tap("result_output", 0, |s| &s.logits, n * vocab);
+    s.tap("result_norm", 0, |s| &mut s.h, n * dim);
+    s.tap("result_output", 0, |s| &mut s.logits, n * vocab);
 }

@@ -224,10 +224,13 @@ impl Gguf {
 
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
+        self.pair(key).map(|pair| self.0.value(pair))
+    }
+
+    fn pair(&self, key: &str) -> Option<&Pair> {
         let file = &*self.0;
         let found = file.pairs_by_key.binary_search_by(|&i| file.key_at(i).cmp(key)).ok()?;
-        let pair = file.pairs.get(*file.pairs_by_key.get(found)?)?;
-        Some(file.value(pair))
+        file.pairs.get(*file.pairs_by_key.get(found)?)
     }
 
     /// The value of `key` as an integer, of whatever width it is stored in. `None` when the key is absent.
@@ -320,6 +323,17 @@ impl Gguf {
         let file = &*self.0;
         let found = file.tensors_by_name.binary_search_by(|&i| file.tensor_name_at(i).cmp(name)).ok()?;
         file.tensors.get(*file.tensors_by_name.get(found)?)
+    }
+
+    /// The elements of the array `key` as they stand in the file, little-endian: a handle that keeps the file open, no copy.
+    /// `None` if there is no such array of type `elem`.
+    pub fn array_bytes(&self, key: &str, elem: Type) -> Option<Bytes> {
+        match &self.pair(key)?.value {
+            Place::Array { elem: found, raw, .. } if *found == elem => {
+                Some(Bytes { range: raw.clone(), file: self.clone() })
+            }
+            _ => None,
+        }
     }
 
     /// The data of a tensor of this file: a handle that keeps the file open, no copy. The address is a multiple of the

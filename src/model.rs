@@ -5,6 +5,10 @@
 //! kilobytes, are copied. Tensors
 //! the text model does not know (`v.*`, `a.*`, `mm.*`, redundant keys and values of sharing layers) are ignored.
 
+mod channel;
+
+pub use channel::width;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -13,7 +17,7 @@ use gemrun_simd::{Format, Layout, Ops, interleave};
 use crate::config::{Config, Experts, LayerConfig};
 use crate::gguf::{Bytes, Gguf, Tensor};
 use crate::pack::Packed;
-use crate::weight::{Act, Numerics, Table, Weight};
+use crate::weight::{Act, Numerics, StaticScales, Stored, Table, Weight};
 use crate::{Error, Result};
 
 /// A Gemma 4 text model.
@@ -34,8 +38,8 @@ pub struct Model {
     pub ple: Option<PerLayerEmbedding>,
     /// First layer first.
     pub layers: Vec<Layer>,
-    /// Names of the matrices that a packed copy may hold.
-    interleavable: Vec<String>,
+    /// The matrices that a packed copy may hold.
+    interleavable: Vec<(String, Format)>,
     /// Whether the head has bytes of its own, so that of `token_embd` only rows are read.
     own_head: bool,
 }
@@ -139,27 +143,28 @@ impl Model {
     /// The same, with the matrices in `packed`, a copy of this very file, multiplied by in its order of bytes. Results are
     /// the same.
     pub fn load_packed(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<Model> {
-        if numerics.act == Act::Static {
+        let config = Config::from_gguf(gguf)?;
+        if numerics.act == Act::Static && config.srq.is_none() {
             let error =
                 format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
             return Err(Error::unsupported(error));
         }
-        let config = Config::from_gguf(gguf)?;
-        let load = Loader { gguf, numerics, packed, interleavable: RefCell::default() };
+        let load = Loader { gguf, config: &config, numerics, packed, interleavable: RefCell::default() };
         let Config { dim, vocab, .. } = config;
 
-        let token_embd = load.table("token_embd.weight", vocab, dim)?;
+        let token_embd = load.table("token_embd.weight", vocab, dim, 1)?;
         let head = gguf.tensor("output.weight").map_or("token_embd.weight", |_| "output.weight");
-        let output = load.weight(head, vocab, dim)?;
+        let output = load.head(head, vocab, dim)?;
         let rope_freqs = load.vector("rope_freqs.weight", config.rope_global.dims / 2)?;
         if let Some(bad) = rope_freqs.iter().find(|&&factor| factor <= 0.0) {
             return Err(load.wrong("rope_freqs.weight", format!("value {bad}"), "divisors above 0"));
         }
+        let layers = config.layers.len();
         let ple = match config.ple {
             0 => None,
             ple => Some(PerLayerEmbedding {
-                per_layer_token_embd: load.table("per_layer_token_embd.weight", vocab, ple * config.layers.len())?,
-                per_layer_model_proj: load.weight("per_layer_model_proj.weight", ple * config.layers.len(), dim)?,
+                per_layer_token_embd: load.table("per_layer_token_embd.weight", vocab, ple * layers, layers)?,
+                per_layer_model_proj: load.weight("per_layer_model_proj.weight", ple * layers, dim)?,
                 per_layer_proj_norm: load.vector("per_layer_proj_norm.weight", ple)?,
             }),
         };
@@ -171,7 +176,7 @@ impl Model {
         if own_head {
             token_embd.advise_random();
         }
-        let layers = (0..config.layers.len()).map(|il| load.layer(&config, il)).collect::<Result<Vec<_>>>()?;
+        let layers = (0..layers).map(|il| load.layer(il)).collect::<Result<Vec<_>>>()?;
         let output_norm = load.vector("output_norm.weight", dim)?;
         let interleavable = load.interleavable.into_inner();
         Ok(Model {
@@ -199,9 +204,9 @@ impl Model {
         }
     }
 
-    /// Names of the matrices a token is multiplied by whose format has an interleaved order and whose rows, also of every
+    /// The matrices a token is multiplied by, as integers, whose format has an interleaved order and whose rows, also of every
     /// part used on its own, come in eights: what a packed copy holds.
-    pub fn interleavable(&self) -> &[String] {
+    pub fn interleavable(&self) -> &[(String, Format)] {
         &self.interleavable
     }
 
@@ -318,14 +323,16 @@ impl Expert {
 /// Look-up with checks; errors name file and tensor.
 struct Loader<'a> {
     gguf: &'a Gguf,
+    config: &'a Config,
     numerics: &'a Numerics,
     packed: Option<&'a Packed>,
-    /// Names met so far of matrices that may be packed.
-    interleavable: RefCell<Vec<String>>,
+    /// Matrices met so far that may be packed.
+    interleavable: RefCell<Vec<(String, Format)>>,
 }
 
 impl Loader<'_> {
-    fn layer(&self, config: &Config, il: usize) -> Result<Layer> {
+    fn layer(&self, il: usize) -> Result<Layer> {
+        let config = self.config;
         let c = &config.layers[il];
         let dim = config.dim;
         let name = |suffix: &str| format!("blk.{il}.{suffix}");
@@ -385,7 +392,7 @@ impl Loader<'_> {
         };
         let moe = match config.experts {
             None => None,
-            Some(experts) => Some(self.moe(config, c, experts.count, &name)?),
+            Some(experts) => Some(self.moe(c, experts.count, &name)?),
         };
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm.weight"), dim)?,
@@ -405,8 +412,8 @@ impl Loader<'_> {
         })
     }
 
-    fn moe(&self, config: &Config, c: &LayerConfig, count: usize, name: &dyn Fn(&str) -> String) -> Result<Moe> {
-        let (dim, ff) = (config.dim, c.expert_ff);
+    fn moe(&self, c: &LayerConfig, count: usize, name: &dyn Fn(&str) -> String) -> Result<Moe> {
+        let (dim, ff) = (self.config.dim, c.expert_ff);
         // One tensor holds all experts; expert e is its e-th slice of rows.
         let fused_name = name("ffn_gate_up_exps.weight");
         let (gate, up, stride, up_at) = match self.gguf.tensor(&fused_name) {
@@ -497,22 +504,46 @@ impl Loader<'_> {
 
     /// A matrix of `dims`, fastest first, which will be cut into slices of so many rows as `parts` has.
     fn parts(&self, name: &str, dims: &[usize], parts: &[usize]) -> Result<Weight> {
-        let (format, bytes) = self.matrix(name, dims)?;
-        let (cols, rows) = (dims[0], dims[1..].iter().product());
-        if format.interleaves() && parts.iter().all(|rows| rows.is_multiple_of(interleave::ROWS)) {
-            self.interleavable.borrow_mut().push(name.to_string());
-            let kernel = self.numerics.interleaved(format);
-            let packed = self.packed.zip(self.gguf.tensor(name)).and_then(|(packed, tensor)| packed.bytes(tensor));
-            if let (Some(bytes), Some(kernel)) = (packed, kernel) {
-                return Ok(Weight::interleaved(bytes, rows, cols, kernel));
-            }
-        }
-        Ok(Weight::new(format, bytes, rows, cols, self.numerics))
+        self.matrix_with(name, dims, parts, self.static_scales(name))
     }
 
-    fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Table> {
-        let (format, bytes) = self.matrix(name, &[cols, rows])?;
-        Ok(Table::new(format, bytes, rows, cols))
+    /// The head, which may be the same matrix as the embedding.
+    fn head(&self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        self.matrix_with(name, &[cols, rows], &[rows], self.config.srq.as_ref().map(|srq| srq.output))
+    }
+
+    fn matrix_with(&self, name: &str, dims: &[usize], parts: &[usize], scales: Option<StaticScales>) -> Result<Weight> {
+        let (cols, rows) = (dims[0], dims[1..].iter().product());
+        let (format, bytes, row_scale) = match self.channel(name, rows, cols)? {
+            Some(channel) => (channel.format, channel.bytes, self.row_scale(name, rows)?),
+            None => {
+                let (format, bytes) = self.matrix(name, dims)?;
+                let (format, row_scale) =
+                    channel::repeated_scales(format, &bytes, cols).unwrap_or((format, Vec::new()));
+                (format, bytes, row_scale)
+            }
+        };
+        let mut packed = None;
+        let rounded = scales.is_none_or(|scales| scales.input > 0.0);
+        if rounded && format.interleaves() && parts.iter().all(|rows| rows.is_multiple_of(interleave::ROWS)) {
+            self.interleavable.borrow_mut().push((name.to_string(), format));
+            packed = self.packed.zip(self.gguf.tensor(name)).and_then(|(packed, tensor)| packed.bytes(tensor));
+        }
+        Ok(Weight::new(Stored { format, bytes, packed, rows, cols, row_scale, scales }, self.numerics))
+    }
+
+    /// A table whose rows have `groups` scales each, if they have any beside them.
+    fn table(&self, name: &str, rows: usize, cols: usize, groups: usize) -> Result<Table> {
+        match self.channel(name, rows, cols)? {
+            Some(channel) => {
+                let scales = self.table_scales(name, rows, groups)?;
+                Ok(Table::new(channel.format, channel.bytes, rows, cols).with_scales(scales))
+            }
+            None => {
+                let (format, bytes) = self.matrix(name, &[cols, rows])?;
+                Ok(Table::new(format, bytes, rows, cols))
+            }
+        }
     }
 
     /// A norm or scale: F32, copied, every value finite.

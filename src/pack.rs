@@ -100,7 +100,7 @@ impl Identity {
             hash.update(tensor.type_id.to_le_bytes());
             tensor.dims.iter().chain([&tensor.offset]).for_each(|n| hash.update(n.to_le_bytes()));
         }
-        let matrices: Vec<&Tensor> = source.tensors().iter().filter(|tensor| format(tensor).is_some()).collect();
+        let matrices: Vec<&Tensor> = source.tensors().iter().filter(|tensor| interleaves(tensor)).collect();
         for tensor in matrices.iter().step_by(matrices.len().div_ceil(SAMPLES).max(1)) {
             let bytes = source.bytes(tensor);
             hash.update(&bytes[..bytes.len().min(SAMPLE_BYTES)]);
@@ -195,7 +195,7 @@ impl Packed {
         }
         for tensor in copy.tensors().iter().filter(|tensor| tensor.name != DIGESTS) {
             let same = source.tensor(&tensor.name).filter(|s| (s.type_id, s.dims) == (tensor.type_id, tensor.dims));
-            if same.and_then(format).is_none() {
+            if !same.is_some_and(interleaves) {
                 return Err(packed.wrong(format!("tensor {}: not one of {}", tensor.name, source.name())));
             }
         }
@@ -256,10 +256,11 @@ impl Packed {
     }
 }
 
-/// The format of a tensor whose rows can be interleaved.
-fn format(tensor: &Tensor) -> Option<Format> {
-    let format = Format::from_ggml(tensor.type_id).filter(|format| format.interleaves())?;
-    (rows(tensor).is_multiple_of(ROWS) && group_bytes(tensor) <= MAX_GROUP).then_some(format)
+/// Whether a tensor may be one whose rows are interleaved: of such a format, or integers, of which the model knows the format.
+fn interleaves(tensor: &Tensor) -> bool {
+    const I8: u32 = 24;
+    let known = Format::from_ggml(tensor.type_id).is_some_and(Format::interleaves) || tensor.type_id == I8;
+    known && rows(tensor).is_multiple_of(ROWS) && group_bytes(tensor) <= MAX_GROUP
 }
 
 fn rows(tensor: &Tensor) -> usize {
@@ -386,12 +387,12 @@ fn lock(directory: &Path) -> Result<File> {
 /// # Errors
 /// [`Kind::Unsupported`] if there is nothing to pack, [`Kind::Invalid`] if the source changes meanwhile,
 /// [`Kind::Interrupted`] if `progress` says so, [`Kind::Other`] if the disk is full or another process is packing.
-pub fn write(store: &Path, source: &Gguf, names: &[String], progress: &mut Progress) -> Result<PathBuf> {
+pub fn write(store: &Path, source: &Gguf, names: &[(String, Format)], progress: &mut Progress) -> Result<PathBuf> {
     let Some(identity) = Identity::of(source) else {
         return Err(Error::unsupported(format!("{}: part of the program: expected a file to pack", source.name())));
     };
-    let mut matrices: Vec<(&Tensor, Format)> =
-        names.iter().filter_map(|name| source.tensor(name)).filter_map(|t| Some((t, format(t)?))).collect();
+    let found = names.iter().filter_map(|(name, format)| Some((source.tensor(name)?, *format)));
+    let mut matrices: Vec<(&Tensor, Format)> = found.filter(|(tensor, _)| interleaves(tensor)).collect();
     matrices.sort_by_key(|(tensor, _)| tensor.offset);
     if matrices.is_empty() {
         let error = format!("{}: nothing to pack: no matrix has a format with an interleaved order", source.name());

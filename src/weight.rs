@@ -5,8 +5,11 @@
 //! because a kernel computes every output from one row and one token alone.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use gemrun_simd::{Acts, ActsBuf, Choice, Format, Kernel, Layout, Ops, dequant, interleave, select_in};
+use gemrun_simd::{
+    Acts, ActsBuf, ActsMut, Choice, DIGITS, Format, Kernel, Layout, Ops, Rows, Tile, dequant, interleave, select_in,
+};
 
 use crate::gguf::Bytes;
 use crate::team::{Lines, Team};
@@ -40,22 +43,77 @@ impl Numerics {
         gemrun_simd::ops(self.kernel.isa)
     }
 
-    fn kernel(&self, format: Format) -> &'static dyn Kernel {
-        match self.act {
-            Act::Float => dequant(format, self.kernel.isa),
-            Act::Auto | Act::Static | Act::Int8 => self.kernel.kernel(format),
-        }
-    }
-
     /// The kernel for `format` in interleaved order; `None` where only the file's own order will do: the format has no
-    /// other, f32 activations are wanted, or a kernel for the file's order was asked for by name.
-    pub fn interleaved(&self, format: Format) -> Option<&'static dyn Kernel> {
+    /// other, or a kernel for the file's order was asked for by name.
+    fn interleaved(&self, format: Format) -> Option<&'static dyn Kernel> {
         match self.kernel.only {
-            _ if self.act == Act::Float => None,
             Some(only) if only.format() == format => Some(only).filter(|only| only.layout() == Layout::Interleaved),
             _ => select_in(Layout::Interleaved, format, self.kernel.isa),
         }
     }
+}
+
+/// The static scales of a matrix's activations, as a file gives them; 0 leaves a side as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StaticScales {
+    /// What a unit of the rounded input is worth.
+    pub input: f32,
+    /// What a unit of the rounded output is worth.
+    pub output: f32,
+}
+
+/// How a weight reads its activations.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Input {
+    /// As f32.
+    Float,
+    /// int8, a scale for each 32 values.
+    Groups,
+    /// int8, a scale for each token.
+    Tokens,
+    /// int8 with this scale, for block formats.
+    Static(f32),
+    /// int8 with this scale, for channel-wise formats.
+    StaticTokens(f32),
+    /// 24 bits as three int8, for channel-wise formats whose input the file wants unrounded: as fine as f32, in exact integers.
+    Digits,
+}
+
+impl Input {
+    /// What `numerics` asks of a matrix in `format`, for which the file may give static scales.
+    fn new(format: Format, scales: Option<StaticScales>, numerics: &Numerics) -> Input {
+        let per_token = format.is_channel();
+        match (numerics.act, scales) {
+            _ if format.is_float() => Input::Float,
+            (Act::Float, _) => Input::Float,
+            (Act::Auto | Act::Static, Some(StaticScales { input, .. })) => match input {
+                0.0 if per_token => Input::Digits,
+                0.0 => Input::Float,
+                _ if per_token => Input::StaticTokens(input),
+                _ => Input::Static(input),
+            },
+            _ if per_token => Input::Tokens,
+            _ => Input::Groups,
+        }
+    }
+}
+
+/// Where a matrix lies and what it is.
+pub struct Stored {
+    /// Its number format.
+    pub format: Format,
+    /// Exactly `rows` rows of `cols` values, in the order of GGUF files.
+    pub bytes: Bytes,
+    /// The same in interleaved order, if there is a packed copy.
+    pub packed: Option<Bytes>,
+    /// Output width.
+    pub rows: usize,
+    /// Input width.
+    pub cols: usize,
+    /// The scale of each row, for channel-wise formats; empty for others.
+    pub row_scale: Vec<f32>,
+    /// Static scales of the activations.
+    pub scales: Option<StaticScales>,
 }
 
 /// A (rows, cols) matrix to multiply by: the bytes of a mapped file, in the order its kernel reads.
@@ -66,29 +124,30 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     row_bytes: usize,
-    /// Whether the kernel reads activations as int8.
-    quantized: bool,
+    input: Input,
+    /// What a unit of the rounded output is worth; 0 if it is not rounded.
+    output_scale: f32,
+    /// Scales of the rows of the matrix that this one is cut from, and the first of its own.
+    row_scale: Arc<[f32]>,
+    first_row: usize,
 }
 
 impl Weight {
-    /// A weight over `bytes`, which are exactly `rows` rows of `cols` values in `format`, in the order of GGUF files.
-    pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize, numerics: &Numerics) -> Weight {
-        let quantized = !format.is_float() && numerics.act != Act::Float;
-        Weight::over(bytes, rows, cols, numerics.kernel(format), quantized)
-    }
-
-    /// A weight over `bytes` in interleaved order, for a kernel [`Numerics::interleaved`] chose; `rows` is a multiple of
-    /// eight.
-    pub fn interleaved(bytes: Bytes, rows: usize, cols: usize, kernel: &'static dyn Kernel) -> Weight {
-        assert!(kernel.layout() == Layout::Interleaved && rows.is_multiple_of(interleave::ROWS), "{}", kernel.name());
-        Weight::over(bytes, rows, cols, kernel, true)
-    }
-
-    fn over(bytes: Bytes, rows: usize, cols: usize, kernel: &'static dyn Kernel, quantized: bool) -> Weight {
-        let format = kernel.format();
+    /// A weight over `stored`, with the kernel that `numerics` leads to.
+    pub fn new(stored: Stored, numerics: &Numerics) -> Weight {
+        let Stored { format, bytes, packed, rows, cols, row_scale, scales } = stored;
+        let input = Input::new(format, scales, numerics);
+        let (kernel, bytes) = match (input, packed, numerics.interleaved(format)) {
+            (Input::Float, ..) => (dequant(format, numerics.kernel.isa), bytes),
+            (_, Some(packed), Some(kernel)) => (kernel, packed),
+            _ => (numerics.kernel.kernel(format), bytes),
+        };
         let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
         assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
-        Weight { kernel, bytes, rows, cols, row_bytes, quantized }
+        assert_eq!(row_scale.len(), if format.is_channel() { rows } else { 0 }, "{rows} x {cols} {}", format.name());
+        let rounded = matches!(numerics.act, Act::Auto | Act::Static);
+        let output_scale = scales.filter(|_| rounded).map_or(0.0, |scales| scales.output);
+        Weight { kernel, bytes, rows, cols, row_bytes, input, output_scale, row_scale: row_scale.into(), first_row: 0 }
     }
 
     /// Output width.
@@ -108,7 +167,7 @@ impl Weight {
 
     /// Bytes a product reads.
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + if self.row_scale.is_empty() { 0 } else { 4 * self.rows }
     }
 
     /// What a product reads, where it lies.
@@ -124,7 +183,23 @@ impl Weight {
         let unit = if self.kernel.layout() == Layout::Interleaved { interleave::ROWS } else { 1 };
         assert!(rows.start.is_multiple_of(unit) && rows.end.is_multiple_of(unit), "{rows:?} of interleaved rows");
         let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes);
-        Weight { bytes, rows: rows.len(), ..self.clone() }
+        Weight { bytes, first_row: self.first_row + rows.start, rows: rows.len(), ..self.clone() }
+    }
+
+    /// Those activations, of all that [`acts`] made for this weight, that belong to some of the tokens.
+    pub fn part<'a>(&self, x: &Acts<'a>, tokens: Range<usize>) -> Acts<'a> {
+        let rows = self.input.rows_of_a_token();
+        x.part(rows * tokens.start..rows * tokens.end)
+    }
+
+    /// Bytes and scales of some of the rows, as the kernel takes them.
+    fn rows_of(&self, rows: Range<usize>) -> Rows<'_> {
+        let bytes = &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes];
+        let scale = match self.row_scale.is_empty() {
+            true => &[],
+            false => &self.row_scale[self.first_row + rows.start..self.first_row + rows.end],
+        };
+        Rows { bytes, scale }
     }
 }
 
@@ -133,64 +208,145 @@ const GROUP: usize = 32;
 /// Groups that are worth another thread.
 const SOME: usize = 64;
 
-/// The activations `x` — (tokens, cols) — as `weights` read them: quantized once if any of them wants int8.
-pub fn acts<'a>(ops: &Ops, team: &Team, buf: &'a mut ActsBuf, x: &'a [f32], weights: &[&Weight]) -> Acts<'a> {
-    let cols = weights[0].cols;
-    debug_assert!(weights.iter().all(|w| w.cols == cols));
-    if !weights.iter().any(|w| w.quantized) {
-        return Acts::float(x, cols);
+/// Room for the activations of a product of up to three weights that read the same values, maybe in different ways.
+pub type ActsBufs = [ActsBuf; 3];
+
+/// The activations `x` — (tokens, cols) — as each of `weights` reads them; quantized once for those that read them alike.
+pub fn acts<'a, const N: usize>(
+    ops: &Ops,
+    team: &Team,
+    bufs: &'a mut ActsBufs,
+    x: &'a [f32],
+    weights: [&Weight; N],
+) -> [Acts<'a>; N] {
+    let first_alike = |i: usize| weights.iter().position(|w| w.input == weights[i].input).unwrap_or(i);
+    for i in (0..N).filter(|&i| first_alike(i) == i) {
+        quantize(ops, team, &mut bufs[i], x, weights[i]);
     }
-    // Groups know nothing of rows, so a single long row can be shared out as well.
-    team.share(x.len() / GROUP, SOME, buf.rows(x.len(), GROUP), |groups, out| {
-        out.quantize(ops, &x[groups.start * GROUP..groups.end * GROUP]);
-    });
-    buf.acts(x, cols)
+    let bufs = &*bufs;
+    std::array::from_fn(|i| view(&bufs[first_alike(i)], x, weights[i]))
 }
 
 /// [`acts`] of `gelu(gate) * up`, which replaces `gate`: who computes a value rounds it.
 pub fn gelu_acts<'a>(
     ops: &Ops,
     team: &Team,
-    buf: &'a mut ActsBuf,
+    bufs: &'a mut ActsBufs,
     gate: &'a mut [f32],
     up: &[f32],
     weight: &Weight,
 ) -> Acts<'a> {
-    if !weight.quantized {
+    let buf = &mut bufs[0];
+    if let Input::Float | Input::Tokens | Input::Digits = weight.input {
         team.share(gate.len() / weight.cols, 1, Lines(gate, weight.cols), |rows, Lines(gate, _)| {
             ops.gelu_mul(gate, &up[rows.start * weight.cols..rows.end * weight.cols]);
         });
-        return Acts::float(gate, weight.cols);
+        quantize(ops, team, buf, gate, weight);
+        return view(buf, gate, weight);
     }
     let pieces = (Lines(gate, GROUP), buf.rows(up.len(), GROUP));
     team.share(up.len() / GROUP, SOME, pieces, |groups, (Lines(gate, _), out)| {
         ops.gelu_mul(gate, &up[groups.start * GROUP..groups.end * GROUP]);
-        out.quantize(ops, gate);
+        weight.input.round(ops, gate, out);
     });
-    buf.acts(gate, weight.cols)
+    weight.input.merge(buf, gate.len(), weight.cols);
+    view(buf, gate, weight)
+}
+
+/// Fills `buf` with `x` as `weight` reads it.
+fn quantize(ops: &Ops, team: &Team, buf: &mut ActsBuf, x: &[f32], weight: &Weight) {
+    // What is rounded together: groups know nothing of rows, so that a single long row can be shared out as well.
+    let (unit, some) = match weight.input {
+        Input::Float => return,
+        Input::Digits => {
+            buf.quantize_digits(x, weight.cols);
+            return;
+        }
+        Input::Tokens => (weight.cols, 1),
+        Input::Groups | Input::Static(_) | Input::StaticTokens(_) => (GROUP, SOME),
+    };
+    team.share(x.len() / unit, some, buf.rows(x.len(), unit), |units, out| {
+        weight.input.round(ops, &x[units.start * unit..units.end * unit], out);
+    });
+    weight.input.merge(buf, x.len(), weight.cols);
+}
+
+/// What [`quantize`] made of `x`.
+fn view<'a>(buf: &'a ActsBuf, x: &'a [f32], weight: &Weight) -> Acts<'a> {
+    match weight.input {
+        Input::Float => Acts::float(x, weight.cols),
+        Input::Digits => buf.acts_digits(x.len(), weight.cols),
+        Input::Groups | Input::Static(_) => buf.acts(x, weight.cols),
+        Input::Tokens | Input::StaticTokens(_) => buf.acts_per_token(x, weight.cols),
+    }
+}
+
+impl Input {
+    fn rows_of_a_token(self) -> usize {
+        if self == Input::Digits { DIGITS } else { 1 }
+    }
+
+    fn round(self, ops: &Ops, x: &[f32], out: ActsMut) {
+        match self {
+            Input::Float | Input::Digits => {}
+            Input::Groups => out.quantize(ops, x),
+            Input::Tokens => out.quantize_rows(ops, x),
+            Input::Static(scale) | Input::StaticTokens(scale) => out.quantize_static(ops, x, scale),
+        }
+    }
+
+    fn merge(self, buf: &mut ActsBuf, elems: usize, cols: usize) {
+        if let Input::Tokens | Input::StaticTokens(_) = self {
+            buf.merge_scales(elems, cols);
+        }
+    }
 }
 
 /// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
 /// hold up the rest. A multiple of every kernel's row group.
 fn tile_rows(rows: usize, threads: usize) -> usize {
-    (rows / (8 * threads)).clamp(16, 512).next_multiple_of(16)
+    (rows / (8 * threads)).clamp(16, TILE_ROWS).next_multiple_of(16)
 }
+
+/// The most rows of a tile.
+const TILE_ROWS: usize = 512;
 
 /// A matrix product: out = activations · weightᵀ, (tokens, rows).
 pub type Product<'a> = (Acts<'a>, &'a Weight, &'a mut [f32]);
 
-/// Computes `products` as one region of the team.
-pub fn multiply<const N: usize>(team: &Team, products: [Product; N]) {
+/// Computes `products` as one region of the team; who computes an output rounds it, where the file gives a scale for that.
+pub fn multiply<const N: usize>(ops: &Ops, team: &Team, products: [Product; N]) {
     let inputs = products.each_ref().map(|(x, weight, _)| (*x, *weight));
     let outs = products.map(|(x, weight, out)| {
-        assert!(weight.cols == x.cols && out.len() == x.tokens * weight.rows, "shape");
+        let tokens = x.tokens / weight.input.rows_of_a_token();
+        assert!(weight.cols == x.cols && out.len() == tokens * weight.rows, "shape");
         (out, weight.rows, tile_rows(weight.rows, team.threads()))
     });
     team.tiles(outs, |which, rows, mut tile| {
         let (x, weight) = &inputs[which];
-        let bytes = &weight.bytes[rows.start * weight.row_bytes..rows.end * weight.row_bytes];
-        weight.kernel.matmul(bytes.into(), x, &mut tile);
+        match weight.input {
+            Input::Digits => multiply_digits(weight, weight.rows_of(rows), x, &mut tile),
+            _ => weight.kernel.matmul(weight.rows_of(rows), x, &mut tile),
+        }
+        if weight.output_scale > 0.0 {
+            (0..tile.tokens()).for_each(|t| ops.round_static(tile.row(t), weight.output_scale));
+        }
     });
+}
+
+/// The product with tokens of which each is given as the rows of its digits, the one that is worth most first.
+fn multiply_digits(weight: &Weight, rows: Rows, x: &Acts, tile: &mut Tile) {
+    let mut digits = [0.0; DIGITS * TILE_ROWS];
+    let n = tile.rows();
+    for t in 0..tile.tokens() {
+        let digits = &mut digits[..DIGITS * n];
+        weight.kernel.matmul(rows, &weight.part(x, t..t + 1), &mut Tile::whole(digits, n));
+        let (first, rest) = digits.split_at(n);
+        let (second, third) = rest.split_at(n);
+        for (i, out) in tile.row(t).iter_mut().enumerate() {
+            *out = first[i] + (second[i] + third[i]);
+        }
+    }
 }
 
 /// A (rows, cols) matrix to look rows up in: embeddings.
@@ -201,6 +357,8 @@ pub struct Table {
     rows: usize,
     cols: usize,
     row_bytes: usize,
+    /// (rows, groups) scales of parts of a row, little-endian f32, for channel-wise formats.
+    scales: Option<Bytes>,
 }
 
 impl Table {
@@ -208,7 +366,14 @@ impl Table {
     pub fn new(format: Format, bytes: Bytes, rows: usize, cols: usize) -> Table {
         let row_bytes = format.row_bytes(cols).expect("shapes are checked at load");
         assert_eq!(bytes.len(), rows * row_bytes, "{rows} x {cols} {}", format.name());
-        Table { format, bytes, rows, cols, row_bytes }
+        Table { format, bytes, rows, cols, row_bytes, scales: None }
+    }
+
+    /// The same with scales in `scales`: as many little-endian f32 for each row as it has equal parts.
+    pub fn with_scales(self, scales: Bytes) -> Table {
+        let groups = scales.len() / 4 / self.rows.max(1);
+        assert!(scales.len() == 4 * groups * self.rows && self.cols.is_multiple_of(groups.max(1)), "scales of a table");
+        Table { scales: Some(scales), ..self }
     }
 
     /// Number of rows.
@@ -223,28 +388,42 @@ impl Table {
 
     /// Bytes of the whole table.
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.scales.as_ref().map_or(0, |scales| scales.len())
     }
 
     /// Tells the system that rows are looked up in no order.
     pub fn advise_random(&self) {
-        self.bytes.advise_random();
+        self.mapped().for_each(Bytes::advise_random);
     }
 
     /// Takes rows that were looked up out of this process's memory.
     pub fn let_go(&self) {
-        self.bytes.let_go();
+        self.mapped().for_each(Bytes::let_go);
+    }
+
+    fn mapped(&self) -> impl Iterator<Item = &Bytes> {
+        [&self.bytes].into_iter().chain(&self.scales)
     }
 
     /// Starts reading some rows that will be looked up soon.
     pub fn read_ahead(&self, rows: &[u32]) {
-        for row in rows.iter().map(|&row| row as usize).filter(|&row| row < self.rows) {
-            self.bytes.slice(row * self.row_bytes..(row + 1) * self.row_bytes).willneed();
+        for bytes in self.mapped() {
+            let row_bytes = bytes.len() / self.rows;
+            for row in rows.iter().map(|&row| row as usize).filter(|&row| row < self.rows) {
+                bytes.slice(row * row_bytes..(row + 1) * row_bytes).willneed();
+            }
         }
     }
 
     /// Unpacks row `row` into `out`, exactly.
     pub fn look_up(&self, row: usize, out: &mut [f32]) {
         self.format.unpack_row(&self.bytes[row * self.row_bytes..(row + 1) * self.row_bytes], out);
+        let Some(scales) = &self.scales else { return };
+        let row_bytes = scales.len() / self.rows;
+        let scales = scales[row * row_bytes..(row + 1) * row_bytes].as_chunks().0;
+        for (values, scale) in out.chunks_exact_mut(self.cols / scales.len()).zip(scales) {
+            let scale = f32::from_le_bytes(*scale);
+            values.iter_mut().for_each(|value| *value *= scale);
+        }
     }
 }

@@ -8,10 +8,11 @@ use std::fs;
 use std::path::Path;
 
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
-const LEVELS: [&[&str]; 10] = [
+const LEVELS: [&[&str]; 11] = [
     &["error"],
     &["gguf", "team"],
-    &["config", "weight", "machine"],
+    &["weight", "machine"],
+    &["config"],
     &["pack"],
     &["ops", "kv", "model"],
     &["attend"],

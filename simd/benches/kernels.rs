@@ -75,7 +75,7 @@ impl Product {
 
     fn acts(&self) -> Acts<'_> {
         match self.kernel.format().is_channel() {
-            true => self.buf.acts_static(&self.x, COLS),
+            true => self.buf.acts_per_token(&self.x, COLS),
             false => self.buf.acts(&self.x, COLS),
         }
     }

@@ -17,6 +17,9 @@ use std::ops::Range;
 
 use crate::vec::Ops;
 
+/// Rows that [`ActsBuf::quantize_digits`] makes of one.
+pub const DIGITS: usize = 3;
+
 /// Storage for quantised activations, reused from matmul to matmul.
 #[derive(Default)]
 pub struct ActsBuf {
@@ -66,14 +69,9 @@ impl ActsBuf {
     /// # Panics
     /// As [`ActsBuf::quantize`].
     pub fn quantize_static<'a>(&'a mut self, ops: &Ops, x: &'a [f32], cols: usize, scale: f32) -> Acts<'a> {
-        let rows = self.rows(x.len(), cols);
-        for (t, x) in x.chunks_exact(cols).enumerate() {
-            let range = t * cols..(t + 1) * cols;
-            let sums = &mut rows.sums[range.start / 16..range.end / 16];
-            let finite = ops.quantize_static(x, scale, &mut rows.q[range], sums);
-            rows.scale[t] = if finite { scale } else { f32::NAN };
-        }
-        self.acts_static(x, cols)
+        self.rows(x.len(), cols).quantize_static(ops, x, scale);
+        self.merge_scales(x.len(), cols);
+        self.acts_per_token(x, cols)
     }
 
     /// Room for `elems` = tokens·cols activations, to be filled row range by row range and then read
@@ -104,8 +102,66 @@ impl ActsBuf {
         Acts { tokens: n / cols, cols, x, q: &self.q[..n], scale: &self.scale[..n / 32], sums: &self.sums[..n / 16] }
     }
 
-    /// The same after [`ActsBuf::quantize_static`].
-    pub fn acts_static<'a>(&'a self, x: &'a [f32], cols: usize) -> Acts<'a> {
+    /// Rounds all rows of `x` (tokens, cols) to 24-bit integers, by one scale a row, and makes three rows of each: of the digits to
+    /// the base 256 that are worth most, of the next, of the last, all within −128..=127. So kernels of channel-wise formats
+    /// multiply with numbers as fine as f32: the sum of the three products is the product, see [`DIGITS`]. A row with an
+    /// infinite or NaN activation gets scales that are NaN.
+    ///
+    /// # Panics
+    /// As [`ActsBuf::quantize`].
+    pub fn quantize_digits<'a>(&'a mut self, x: &[f32], cols: usize) -> Acts<'a> {
+        /// 127 in every digit.
+        const LARGEST: f32 = (127 << 16 | 127 << 8 | 127) as f32;
+        let all = self.rows(DIGITS * x.len(), cols);
+        for (t, x) in x.chunks_exact(cols).enumerate() {
+            let amax = x.iter().fold(0.0, |amax: f32, x| amax.max(x.abs()));
+            let finite = x.iter().all(|x| x.is_finite());
+            let unit = if amax > f32::MIN_POSITIVE * LARGEST { amax / LARGEST } else { 1.0 };
+            for digit in 0..DIGITS {
+                let row = DIGITS * t + digit;
+                let shift = 8 * (DIGITS - 1 - digit);
+                let worth = (1_u32 << shift) as f32 * unit;
+                all.scale[row] = if finite { worth } else { f32::NAN };
+                let q = &mut all.q[row * cols..(row + 1) * cols];
+                for (q, x) in q.iter_mut().zip(x) {
+                    let n = (x / unit).round_ties_even().clamp(-LARGEST, LARGEST) as i32;
+                    // Balanced digits: what is below counts as up to half a unit of this one.
+                    *q = ((n + (0x80_8080 & ((1 << shift) - 1))) >> shift) as i8;
+                }
+                let sums = &mut all.sums[row * cols / 16..(row + 1) * cols / 16];
+                for (sum, q) in sums.iter_mut().zip(q.as_chunks::<16>().0) {
+                    *sum = q.iter().map(|q| i16::from(*q)).sum();
+                }
+            }
+        }
+        self.acts_digits(x.len(), cols)
+    }
+
+    /// What [`ActsBuf::quantize_digits`] made of `elems` activations.
+    pub fn acts_digits(&self, elems: usize, cols: usize) -> Acts<'_> {
+        let n = DIGITS * elems;
+        Acts {
+            tokens: n / cols,
+            cols,
+            x: &[],
+            q: &self.q[..n],
+            scale: &self.scale[..n / cols],
+            sums: &self.sums[..n / 16],
+        }
+    }
+
+    /// Makes one scale a token out of the scales of its groups, which are the same unless a group is damaged: then NaN.
+    pub fn merge_scales(&mut self, elems: usize, cols: usize) {
+        let groups = cols / 32;
+        for t in 0..elems / cols {
+            let of_token = &self.scale[t * groups..(t + 1) * groups];
+            // Never behind what is still to be read.
+            self.scale[t] = of_token.iter().copied().find(|scale| scale.is_nan()).unwrap_or(of_token[0]);
+        }
+    }
+
+    /// [`ActsBuf::acts`] for channel-wise formats, after [`ActsBuf::merge_scales`].
+    pub fn acts_per_token<'a>(&'a self, x: &'a [f32], cols: usize) -> Acts<'a> {
         Acts { scale: &self.scale[..x.len() / cols], ..self.acts(x, cols) }
     }
 }
@@ -121,9 +177,34 @@ impl<'a> ActsMut<'a> {
         (ActsMut { cols: self.cols, q, scale, sums }, rest)
     }
 
-    /// Fills these rows from `x`, which is as long as they are.
+    /// Fills these rows from `x`, which is as long as they are, with a scale for each 32 values.
     pub fn quantize(self, ops: &Ops, x: &[f32]) {
         ops.quantize(x, self.q, self.scale, self.sums);
+    }
+
+    /// The same with the static `scale` for all values: integers within −128..=127. A group with an infinite or NaN
+    /// activation gets the scale NaN.
+    pub fn quantize_static(self, ops: &Ops, x: &[f32], scale: f32) {
+        let finite = ops.quantize_static(x, scale, self.q, self.sums);
+        self.scale.fill(scale);
+        if !finite {
+            for (scale, x) in self.scale.iter_mut().zip(x.as_chunks::<32>().0) {
+                if x.iter().any(|x| !x.is_finite()) {
+                    *scale = f32::NAN;
+                }
+            }
+        }
+    }
+
+    /// The same with a scale for each row: the largest magnitude is 127.
+    pub fn quantize_rows(self, ops: &Ops, x: &[f32]) {
+        let mut rest = self;
+        for x in x.chunks_exact(rest.cols) {
+            let (row, others) = rest.split_at(1);
+            let largest = x.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+            row.quantize_static(ops, x, if largest > f32::MIN_POSITIVE { largest / 127.0 } else { 1.0 });
+            rest = others;
+        }
     }
 }
 
@@ -158,6 +239,6 @@ impl<'a> Acts<'a> {
 
     /// Whether block formats can be multiplied with these.
     pub fn is_quantized(&self) -> bool {
-        self.q.len() == self.x.len()
+        self.q.len() == self.tokens * self.cols
     }
 }

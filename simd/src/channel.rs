@@ -1,4 +1,4 @@
-//! The kernels of W2C, W4C and W8C, formats with one scale a row: all integers, one multiplication at the end.
+//! The kernels of formats with one scale a row: all integers, one multiplication at the end.
 //!
 //! The one idea: these formats are nothing but words of four bytes, n = 16, 8 or 4 weights a word. The words of eight
 //! rows side by side, as the interleaved order has them and as transposing eight rows gives them, are multiplied by
@@ -9,12 +9,15 @@
 //! activations of a word of n:   0 1 2 .. n   ->   0, n/4, n/2, 3n/4 | 1, n/4 + 1, ... | ...
 //! ```
 //!
+//! Formats with the blocks of Q4_0, Q8_0 and TQ2_0 are the same once the blocks' scales are skipped and the activations are put
+//! into the order of their fields: a *piece* is what 32 bytes of a row's integers are.
+//!
 //! The sum of a row stays an i32 throughout: |q·a| ≤ 128·128, so up to 131 071 columns.
 
 use crate::format::Block;
 use crate::unpack::Vector;
 use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
-use crate::{Acts, Layout, Rows, Tile};
+use crate::{Acts, Format, Layout, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
 #[inline(always)]
@@ -23,7 +26,7 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes
     let a = match layout {
         Layout::Gguf if bits::<B>() < 8 => {
             fields.resize(x.q.len(), 0);
-            by_fields(x.q, bits::<B>(), &mut fields);
+            by_fields::<B>(x.q, &mut fields);
             &fields[..]
         }
         _ => x.q,
@@ -44,7 +47,7 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes
 
 /// Bits of a weight.
 const fn bits<B: Block>() -> usize {
-    B::FORMAT.block_bytes() * 8 / 32
+    B::FORMAT.block_bytes() * 8 / B::FORMAT.block_elems()
 }
 
 /// The lowest bits of a byte, as many as a weight has. (No channel-wise format has more than 8.)
@@ -54,7 +57,31 @@ const fn mask<B: Block>() -> u8 {
 
 /// Words of a group of 32 weights.
 const fn words<B: Block>() -> usize {
-    B::FORMAT.block_bytes() / 4
+    bits::<B>()
+}
+
+/// Where the bytes of piece `i` of a row start, in two halves of 16.
+#[inline(always)]
+const fn piece<B: Block>(i: usize) -> [usize; 2] {
+    match B::FORMAT {
+        Format::Q4_0C => [36 * i + 2, 36 * i + 20],
+        Format::Q8_0C => [34 * i + 2, 34 * i + 18],
+        Format::Tq2_0C => [66 * (i / 2) + 32 * (i % 2), 66 * (i / 2) + 32 * (i % 2) + 16],
+        _ => [32 * i, 32 * i + 16],
+    }
+}
+
+/// Which weight of 128 stands in place `i` of the order of fields: byte i%4 of field i/4, in a word of 16 two-bit weights or two
+/// words of 8 four-bit ones.
+const fn field_order<B: Block>(i: usize) -> usize {
+    match B::FORMAT {
+        // Byte m of a piece has weights m, m + 32, m + 64, m + 96.
+        Format::Tq2_0C => 32 * (i / 4 % 4) + 4 * (i / 16) + i % 4,
+        // Byte m of a block has weights m and m + 16.
+        Format::Q4_0C => i / 32 * 32 + 16 * (i / 4 % 2) + 4 * (i % 32 / 8) + i % 4,
+        Format::W2C => i / 16 * 16 + 4 * (i % 4) + i / 4 % 4,
+        _ => i / 8 * 8 + 2 * (i % 4) + i / 4 % 2,
+    }
 }
 
 /// What the integers of a format are, and what has been added to them.
@@ -63,16 +90,32 @@ fn range<S: Simd, B: Block>() -> (Range, i32) {
     if B::SPAN > 127 { (Range::Full, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
 }
 
-/// Puts the activations of each word of weights into the order of its fields.
+/// Puts the activations into the order of the fields of the weights.
 #[inline(always)]
-fn by_fields(a: &[i8], bits: usize, out: &mut [i8]) {
-    let (a, out) = (a.as_chunks::<16>().0, out.as_chunks_mut::<16>().0);
+fn by_fields<B: Block>(a: &[i8], out: &mut [i8]) {
+    const ALL: usize = 128;
+    let (a, a_rest) = a.as_chunks::<ALL>();
+    let (out, out_rest) = out.as_chunks_mut::<ALL>();
     for (a, out) in a.iter().zip(out) {
-        for i in 0..16 {
-            // Byte i%4 of field i/4, in a word of 16; of two words of 8.
-            out[i] = if bits == 2 { a[4 * (i % 4) + i / 4] } else { a[8 * (i / 8) + 2 * (i % 4) + i / 4 % 2] };
+        for i in 0..ALL {
+            out[i] = a[const { field_orders::<B>() }[i] as usize];
         }
     }
+    // A multiple of 32, of formats whose fields stay within 32.
+    for (i, out) in out_rest.iter_mut().enumerate() {
+        *out = a_rest[field_order::<B>(i)];
+    }
+}
+
+/// [`field_order`] as a table.
+const fn field_orders<B: Block>() -> [u8; 128] {
+    let mut all = [0; 128];
+    let mut i = 0;
+    while i < all.len() {
+        all[i] = field_order::<B>(i) as u8;
+        i += 1;
+    }
+    all
 }
 
 /// Activations in the order of the weights, and the rest of what is known of them.
@@ -94,7 +137,8 @@ impl Tokens<'_> {
     /// From the running sum of products with token `t` to the output.
     #[inline(always)]
     fn finish<S: Simd, B: Block>(&self, s: S, t: usize, isum: S::I, row_scale: &[f32], out: &mut [f32]) {
-        let isum = s.add(isum, s.splat(-range::<S, B>().1 * self.sums[t]));
+        let bias = s.splat(range::<S, B>().1 * self.sums[t]);
+        let isum = if B::NEGATIVE { s.sub(bias, isum) } else { s.sub(isum, bias) };
         let mut lanes = [0.0; 16];
         match row_scale.first_chunk::<8>() {
             Some(eight) if row_scale.len() == 8 => lanes[..8].copy_from_slice(eight),
@@ -122,20 +166,25 @@ fn total<S: Simd, B: Block>(s: S, acc: [S::I; 3]) -> S::I {
     if bits::<B>() < 8 { s.total(acc, bits::<B>()) } else { acc[0] }
 }
 
-/// Eight words of each of one to eight rows from byte `at` on: 32 bytes of each row, zeros beyond its end. Short of eight
-/// rows, the last stands in for the missing ones.
+/// Piece `i` of each of one to eight rows, word by word, zeros beyond the end. Short of eight rows, the last stands in for the
+/// missing ones.
 #[inline(always)]
-fn eight_words<S: Eight>(s: S, w: &[u8], row_bytes: usize, at: usize) -> [S::B; 8] {
+fn eight_words<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, i: usize) -> [S::B; 8] {
     let last = w.len() / row_bytes - 1;
+    let [first, second] = piece::<B>(i);
     let mut rows = [s.splat_u8(0); 8];
-    for (i, row) in rows.iter_mut().enumerate() {
-        let bytes = &w[i.min(last) * row_bytes..][at..row_bytes];
-        *row = match bytes.first_chunk() {
-            Some(bytes) => s.load32(bytes),
-            None => {
-                let mut padded = [0; 32];
-                padded[..bytes.len()].copy_from_slice(bytes);
-                s.load32(&padded)
+    for (r, row) in rows.iter_mut().enumerate() {
+        let bytes = &w[r.min(last) * row_bytes..][..row_bytes];
+        *row = match bytes[first..].first_chunk() {
+            Some(bytes) if second == first + 16 => s.load32(bytes),
+            _ => {
+                let mut whole = [0; 32];
+                for (half, at) in whole.chunks_exact_mut(16).zip([first, second]) {
+                    let bytes = bytes.get(at..).unwrap_or_default();
+                    let n = bytes.len().min(16);
+                    half[..n].copy_from_slice(&bytes[..n]);
+                }
+                s.load32(&whole)
             }
         };
     }
@@ -155,7 +204,7 @@ fn few<S: Eight, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out
                 for line in (0..8 * 32).step_by(64) {
                     s.prefetch(bytes.as_ptr().wrapping_add(8 * row_bytes + 8 * 32 * at + line));
                 }
-                let w = eight_words(s, bytes, row_bytes, 32 * at);
+                let w = eight_words::<S, B>(s, bytes, row_bytes, at);
                 for (g, a) in a.iter().enumerate() {
                     let mut group = w;
                     group[..words::<B>()].copy_from_slice(&w[g * words::<B>()..][..words::<B>()]);
@@ -333,7 +382,7 @@ impl<S: Simd> Panel<S> {
         let per_load = const { 8 / words::<B>() };
         for k in (0..n).step_by(per_load) {
             let words = match layout {
-                Layout::Gguf => eight_words(s, w, row_bytes, (from + k) * B::FORMAT.block_bytes()),
+                Layout::Gguf => eight_words::<S::Eight, B>(s, w, row_bytes, (from + k) / per_load),
                 Layout::Interleaved => {
                     let at = 8 * (from + k) * B::FORMAT.block_bytes();
                     let mut words = [s.splat_u8(0); 8];

@@ -44,6 +44,12 @@ pub enum Format {
     W4C = 0x1_0004,
     /// Ours: 8-bit weights with one scale a row.
     W8C = 0x1_0008,
+    /// Blocks of [`Format::Q4_0`] whose integers have one scale a row, not those of the blocks.
+    Q4_0C = 0x1_0102,
+    /// The same of [`Format::Q8_0`].
+    Q8_0C = 0x1_0108,
+    /// The same of [`Format::Tq2_0`], for weights in −2..=1: as that format has them in −1..=2, they are its integers with the sign changed.
+    Tq2_0C = 0x1_0135,
 }
 
 /// ggml's type table, indexed by id: name, elements a block, bytes a block. Removed ids have no name.
@@ -101,7 +107,7 @@ pub fn ggml_type_name(id: u32) -> Option<(&'static str, usize, usize)> {
 
 impl Format {
     /// Every format, in the order of the ids.
-    pub const ALL: [Format; 23] = [
+    pub const ALL: [Format; 26] = [
         Format::F32,
         Format::F16,
         Format::Q4_0,
@@ -125,6 +131,9 @@ impl Format {
         Format::W2C,
         Format::W4C,
         Format::W8C,
+        Format::Q4_0C,
+        Format::Q8_0C,
+        Format::Tq2_0C,
     ];
 
     /// The format with this ggml type id, if this crate can multiply with it.
@@ -143,6 +152,9 @@ impl Format {
             Format::W2C => ("W2C", 32, 8),
             Format::W4C => ("W4C", 32, 16),
             Format::W8C => ("W8C", 32, 32),
+            Format::Q4_0C => ("Q4_0C", 32, 18),
+            Format::Q8_0C => ("Q8_0C", 32, 34),
+            Format::Tq2_0C => ("TQ2_0C", 256, 66),
             _ => GGML_TYPES[self as usize],
         }
     }
@@ -162,10 +174,10 @@ impl Format {
         self.row().2
     }
 
-    /// W2C, W4C and W8C: integers only, with a scale a row beside them, to be multiplied with activations that have one
+    /// The formats that are ours: integers, with a scale a row beside them, to be multiplied with activations that have one
     /// scale a token.
     pub const fn is_channel(self) -> bool {
-        matches!(self, Format::W2C | Format::W4C | Format::W8C)
+        matches!(self, Format::W2C | Format::W4C | Format::W8C | Format::Q4_0C | Format::Q8_0C | Format::Tq2_0C)
     }
 
     /// Bytes of a row of `cols` weights; `None` if `cols` is not a whole number of blocks or the
@@ -228,6 +240,9 @@ impl Format {
             Format::W2C => unpack::<W2C>(bytes, out),
             Format::W4C => unpack::<W4C>(bytes, out),
             Format::W8C => unpack::<W8C>(bytes, out),
+            Format::Q4_0C => unpack::<Q4_0C>(bytes, out),
+            Format::Q8_0C => unpack::<Q8_0C>(bytes, out),
+            Format::Tq2_0C => unpack::<Tq2_0C>(bytes, out),
         }
     }
 }
@@ -306,6 +321,8 @@ pub trait Block: Sync {
     const BIAS: i32;
     /// Largest value of `q + BIAS`.
     const SPAN: i32;
+    /// Whether what is stored is `BIAS − q`, not `q + BIAS`.
+    const NEGATIVE: bool = false;
 
     /// The integers of group `g` (weights `32·g ..`) of `block`, which is exactly one block long.
     fn weights(block: &[u8], g: usize) -> [i8; 32];
@@ -833,6 +850,41 @@ impl Block for W8C {
     fn scales(_: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
         Scales::one(1.0)
     }
+}
+
+/// Blocks whose own scales do not count.
+macro_rules! by_rows {
+    ($(#[doc = $doc:literal])* $name:ident of $of:ident, $bias:literal, $span:literal, $negative:literal) => {
+        $(#[doc = $doc])*
+        pub struct $name;
+        impl Block for $name {
+            const FORMAT: Format = Format::$name;
+            const BIAS: i32 = $bias;
+            const SPAN: i32 = $span;
+            const NEGATIVE: bool = $negative;
+            #[inline(always)]
+            fn weights(block: &[u8], g: usize) -> [i8; 32] {
+                let q = $of::weights(block, g);
+                each(|i| if $negative { -q[i] } else { q[i] })
+            }
+            #[inline(always)]
+            fn scales(_: &[u8], _: usize, _: impl Fn(u16) -> f32 + Copy) -> Scales {
+                Scales::one(1.0)
+            }
+        }
+    };
+}
+by_rows! {
+    /// The integers of [`Q4_0`].
+    Q4_0C of Q4_0, 8, 15, false
+}
+by_rows! {
+    /// The integers of [`Q8_0`].
+    Q8_0C of Q8_0, 128, 255, false
+}
+by_rows! {
+    /// The integers of [`Tq2_0`], their sign changed: weight 1 − q.
+    Tq2_0C of Tq2_0, 1, 3, true
 }
 
 // The sizes follow from the fields named in the comments above; a slip in the table would misread

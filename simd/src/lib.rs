@@ -52,7 +52,7 @@ mod neon_i8mm;
 
 use std::marker::PhantomData;
 
-pub use acts::{Acts, ActsBuf, ActsMut};
+pub use acts::{Acts, ActsBuf, ActsMut, DIGITS};
 pub use format::{Format, ggml_type_name};
 pub use tile::{Tile, Tiles};
 pub use vec::{Ops, ops};
@@ -209,6 +209,7 @@ macro_rules! for_each_block_format {
             $table
             (Q4_1 "q4_1") (Q5_0 "q5_0") (Q5_1 "q5_1") (Q2K "q2_k") (Q3K "q3_k") (Iq4Nl "iq4_nl" "iq4_nlx8")
             (Iq4Xs "iq4_xs") (Tq1_0 "tq1_0") (Tq2_0 "tq2_0" "tq2_0x8") (Mxfp4 "mxfp4") (Q1_0 "q1_0") (Q2_0 "q2_0")
+            (Q4_0C "q4_0c") (Q8_0C "q8_0c") (Tq2_0C "tq2_0c")
         }
     };
     ($table:ident $($more:tt)*) => {

@@ -27,11 +27,12 @@ pub(crate) fn check(format: Format, layout: Layout, w: &Rows, x: &Acts, out: &Ti
     let row_bytes = format.row_bytes(cols).unwrap_or_else(|| panic!("{name}: rows of {cols}: not whole blocks"));
     assert!(out.tokens() == x.tokens || rows == 0, "{name}: {} tokens in, {} out", x.tokens, out.tokens());
     assert!(Some(w.bytes.len()) == rows.checked_mul(row_bytes), "{name}: {} bytes for {rows} rows", w.bytes.len());
-    assert!(Some(x.x.len()) == x.tokens.checked_mul(cols), "{name}: {} activations", x.x.len());
     if layout == Layout::Interleaved {
         assert!(rows.is_multiple_of(interleave::ROWS), "{name}: {rows} rows: expected a multiple of eight");
     }
-    if !format.is_float() {
+    if format.is_float() {
+        assert!(Some(x.x.len()) == x.tokens.checked_mul(cols), "{name}: {} activations", x.x.len());
+    } else {
         assert!(x.is_quantized(), "{name}: activations are not quantised");
         let scales = if format.is_channel() { x.tokens } else { x.q.len() / 32 };
         assert!(x.scale.len() == scales && x.sums.len() == x.q.len() / 16, "{name}: scales or sums missing");
@@ -104,8 +105,11 @@ fn matmul_channels<B: Block>(w: &[u8], scale: &[f32], row_bytes: usize, x: &Acts
         let a = x.q[t * x.cols..(t + 1) * x.cols].as_chunks::<32>().0;
         for ((out, row), scale) in out.row(t).iter_mut().zip(w.chunks_exact(row_bytes)).zip(scale) {
             let mut isum = 0;
-            for (block, a) in row.chunks_exact(B::FORMAT.block_bytes()).zip(a) {
-                isum += B::weights(block, 0).iter().zip(a).map(|(q, a)| *q as i32 * *a as i32).sum::<i32>();
+            let groups = B::FORMAT.block_elems() / 32;
+            for (block, a) in row.chunks_exact(B::FORMAT.block_bytes()).zip(a.chunks_exact(groups)) {
+                for (g, a) in a.iter().enumerate() {
+                    isum += B::weights(block, g).iter().zip(a).map(|(q, a)| *q as i32 * *a as i32).sum::<i32>();
+                }
             }
             *out = isum as f32 * (scale * x.scale[t]);
         }

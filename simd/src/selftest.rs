@@ -240,7 +240,7 @@ impl Case {
     fn run(&self, kernel: &dyn Kernel, rows: usize) -> Vec<f32> {
         let format = kernel.format();
         let x: Acts = match format.is_channel() {
-            true => self.acts.acts_static(&self.x, self.cols),
+            true => self.acts.acts_per_token(&self.x, self.cols),
             false => self.acts.acts(&self.x, self.cols),
         };
         let mut w = self.w[..self.shift + rows * (self.w.len() - self.shift) / self.rows].to_vec();
@@ -380,6 +380,11 @@ pub const FUNCTIONS: &[Function] = &[
         all.extend(sums.into_iter().map(f32::from));
         all
     }),
+    ("round_static", |ops, n, rng| {
+        let mut x = rng.values(n);
+        ops.round_static(&mut x, 0.031);
+        x
+    }),
 ];
 
 fn halves(rng: &mut Rng, n: usize) -> Vec<u16> {
@@ -462,10 +467,13 @@ const RECORDED: &[(Format, u64)] = &[
     (Format::W2C, 0x5da0_aaeb_a6de_683a),
     (Format::W4C, 0xd661_ac0a_45f9_093d),
     (Format::W8C, 0x24eb_65f8_0b26_6eea),
+    (Format::Q4_0C, 0x79f7_635d_5c39_2a14),
+    (Format::Q8_0C, 0x2aec_c4c9_c107_4220),
+    (Format::Tq2_0C, 0x3db1_e25a_2dab_cfb9),
 ];
 
 /// The same for the f32 functions.
-const RECORDED_OPS: u64 = 0xb7e8_be86_acc0_5b1c;
+const RECORDED_OPS: u64 = 0xde03_4e64_9ae5_fb79;
 
 #[cfg(test)]
 mod tests {

@@ -612,6 +612,16 @@ mod body {
         damaged == 0
     }
 
+    #[inline(always)]
+    pub fn round_static<H: Native>(x: &mut [f32], scale: f32) {
+        for x in x {
+            let y = *x / scale;
+            let low = if y > -128.0 { y } else { -128.0 };
+            let c = if low < 127.0 { low } else { 127.0 };
+            *x = if x.is_finite() { (c + ROUND - ROUND) * scale } else { f32::NAN };
+        }
+    }
+
     /// Below this, 127/amax could overflow; such a group counts as zero.
     const TINY: f32 = 1e-30;
     /// Scales tried for a group: the largest magnitude becomes 127, 127 − STEP, 127 − 2·STEP, …
@@ -671,6 +681,8 @@ macro_rules! functions {
             /// q = x/scale rounded half to even, within −128..=127; the division is that of f32. One sum for 16. False if
             /// an x is infinite or NaN.
             fn quantize_static(x: &[f32], scale: f32, q: &mut [i8], sums: &mut [i16]) -> bool;
+            /// x = scale · (x/scale rounded as by `quantize_static`); what is infinite becomes NaN.
+            fn round_static(x: &mut [f32], scale: f32);
         }
     };
 }

@@ -147,4 +147,11 @@ fn channel_wise_weights() {
     bytes[0] = 0x80;
     Format::W8C.unpack_row(&bytes, &mut out);
     assert_eq!(out[..2], [-128.0, 1.0]);
+    // In blocks, whose scales (here: not a number) do not count.
+    let mut block = [0xff; 66];
+    block[..3].copy_from_slice(&[0b11_10_01_00, 0, 1]);
+    let mut out = [0.0; 256];
+    Format::Tq2_0C.unpack_row(&block, &mut out);
+    assert_eq!(out[..4], [1.0, 1.0, 0.0, -2.0]);
+    assert_eq!([out[32], out[64], out[96]], [0.0, -1.0, -2.0]);
 }

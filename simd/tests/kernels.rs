@@ -49,7 +49,9 @@ fn naive_float(row: &[f32], x: &[f32]) -> f32 {
 
 /// One output of a channel-wise format: one integer sum, one rounding, one multiplication.
 fn naive_channel<B: Block>(row: &[u8], a: &[i8], scale: f32) -> f32 {
-    let weights = row.chunks(B::FORMAT.block_bytes()).flat_map(|block| B::weights(block, 0));
+    let groups = 0..B::FORMAT.block_elems() / 32;
+    let blocks = row.chunks(B::FORMAT.block_bytes());
+    let weights = blocks.flat_map(|block| groups.clone().flat_map(|g| B::weights(block, g)));
     let isum: i64 = weights.zip(a).map(|(q, a)| q as i64 * *a as i64).sum();
     assert!(i32::try_from(isum).is_ok());
     isum as f32 * scale
@@ -98,6 +100,9 @@ fn expected(format: Format, row: &[u8], row_scale: f32, x: &Acts, t: usize) -> f
         Format::W2C => naive_channel::<format::W2C>(row, a, row_scale * x.scale[t]),
         Format::W4C => naive_channel::<format::W4C>(row, a, row_scale * x.scale[t]),
         Format::W8C => naive_channel::<format::W8C>(row, a, row_scale * x.scale[t]),
+        Format::Q4_0C => naive_channel::<format::Q4_0C>(row, a, row_scale * x.scale[t]),
+        Format::Q8_0C => naive_channel::<format::Q8_0C>(row, a, row_scale * x.scale[t]),
+        Format::Tq2_0C => naive_channel::<format::Tq2_0C>(row, a, row_scale * x.scale[t]),
     }
 }
 

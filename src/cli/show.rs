@@ -11,6 +11,7 @@ use clap::Args;
 use gemrun::Error;
 use gemrun::error::printable;
 use gemrun::gguf::{Gguf, Tensor, Value};
+use gemrun::model::width;
 use gemrun::sample::all_finite;
 use gemrun_simd::Format;
 use serde_json::{Map, json};
@@ -105,18 +106,21 @@ impl Summary {
         // Embedding tables are read a row at a time, towers for images and sound not at all.
         let tied = gguf.tensor("output.weight").is_none();
         let hot = |tensor: &&Tensor| match tensor.name.as_str() {
-            "per_layer_token_embd.weight" => false,
-            "token_embd.weight" => tied,
+            "per_layer_token_embd.weight" | "per_layer_token_embd.group_scale" => false,
+            "token_embd.weight" | "token_embd.row_scale" => tied,
             name => !["v.", "a.", "mm."].iter().any(|tower| name.starts_with(tower)),
         };
-        let sum = |value: fn(&Tensor) -> u64, tensors: &mut dyn Iterator<Item = &Tensor>| {
+        let sum = |value: &dyn Fn(&Tensor) -> u64, tensors: &mut dyn Iterator<Item = &Tensor>| {
             tensors.map(value).fold(0, u64::saturating_add)
         };
         Summary {
             name: text("general.name"),
-            parameters: sum(Tensor::elements, &mut gguf.tensors().iter()),
-            hot_bytes: sum(|t| t.bytes, &mut gguf.tensors().iter().filter(hot)),
-            ple_bytes: gguf.tensor("per_layer_token_embd.weight").map_or(0, |tensor| tensor.bytes),
+            parameters: sum(&|t| elements(gguf, t), &mut gguf.tensors().iter()),
+            hot_bytes: sum(&|t| t.bytes, &mut gguf.tensors().iter().filter(hot)),
+            ple_bytes: sum(
+                &|t| t.bytes,
+                &mut gguf.tensors().iter().filter(|t| t.name.starts_with("per_layer_token_embd.")),
+            ),
             architecture,
             context_length,
         }
@@ -124,7 +128,7 @@ impl Summary {
 
     fn json(&self, gguf: &Gguf) -> serde_json::Value {
         let metadata: Map<_, _> = gguf.metadata().map(|(key, value)| (key.to_string(), json_value(&value))).collect();
-        let tensor = |t: &Tensor| json!({ "name": t.name, "type": type_name(t), "shape": t.shape(), "offset": t.offset, "bytes": t.bytes });
+        let tensor = |t: &Tensor| json!({ "name": t.name, "type": type_name(gguf, t), "shape": t.shape(), "offset": t.offset, "bytes": t.bytes });
         json!({
             "architecture": self.architecture,
             "name": self.name,
@@ -156,7 +160,7 @@ impl Summary {
         writeln!(out, "tensors         {}", gguf.tensors().len())?;
         let mut types: Vec<(String, u64, u64)> = Vec::new();
         for tensor in gguf.tensors() {
-            let kind = type_name(tensor);
+            let kind = type_name(gguf, tensor);
             match types.iter_mut().find(|(known, ..)| *known == kind) {
                 Some((_, tensors, size)) => (*tensors, *size) = (*tensors + 1, size.saturating_add(tensor.bytes)),
                 None => types.push((kind, 1, tensor.bytes)),
@@ -193,7 +197,7 @@ fn print_tensors(gguf: &Gguf, out: &mut impl Write) -> Result {
     writeln!(out)?;
     for tensor in gguf.tensors() {
         let shape: Vec<String> = tensor.shape().iter().map(u64::to_string).collect();
-        let (name, kind, size) = (printable(&tensor.name), type_name(tensor), bytes(tensor.bytes));
+        let (name, kind, size) = (printable(&tensor.name), type_name(gguf, tensor), bytes(tensor.bytes));
         writeln!(out, "{name:<36} {kind:<6} {:<16} {size:>10}", shape.join(" x "))?;
     }
     Ok(())
@@ -202,9 +206,12 @@ fn print_tensors(gguf: &Gguf, out: &mut impl Write) -> Result {
 /// Unpacks every tensor, some blocks at a time, and looks at each value.
 fn check_data(gguf: &Gguf) -> Result {
     for tensor in gguf.tensors() {
+        if width(gguf, tensor).is_some() {
+            continue; // any integer is one
+        }
         let Some(format) = Format::from_ggml(tensor.type_id) else {
             let name = printable(&tensor.name);
-            let note = format_args!("note: {name}: {} is not supported, not checked", type_name(tensor));
+            let note = format_args!("note: {name}: {} is not supported, not checked", type_name(gguf, tensor));
             terminal::eprintln_quietly(note);
             continue;
         };
@@ -225,11 +232,20 @@ fn check_data(gguf: &Gguf) -> Result {
     Ok(())
 }
 
-fn type_name(tensor: &Tensor) -> String {
-    match tensor.type_name() {
-        "?" => format!("type {}", tensor.type_id),
-        name => name.to_string(),
+/// The type's name; of integers with a scale a row, ours.
+fn type_name(gguf: &Gguf, tensor: &Tensor) -> String {
+    match (tensor.type_name(), width(gguf, tensor)) {
+        ("?", _) => format!("type {}", tensor.type_id),
+        (_, Some(bits)) => format!("W{bits}C"),
+        (name, None) => name.to_string(),
     }
+}
+
+/// Numbers a tensor stands for. Scales of integers are not counted.
+fn elements(gguf: &Gguf, tensor: &Tensor) -> u64 {
+    let is_scale = tensor.name.ends_with(".row_scale") || tensor.name.ends_with(".group_scale");
+    let per_element = width(gguf, tensor).map_or(1, |bits| 8 / bits as u64);
+    if is_scale { 0 } else { tensor.elements().saturating_mul(per_element) }
 }
 
 /// A text as one line of bounded length.

@@ -1,4 +1,4 @@
-//! Reads `.npy` files of little-endian f32 in C order, the only kind the golden data has.
+//! Reads `.npy` files of little-endian f32, i8 and i32 in C order, the only kinds the golden data has.
 
 /// An array with its shape; the last dimension is contiguous.
 pub struct Npy {
@@ -7,7 +7,7 @@ pub struct Npy {
 }
 
 impl Npy {
-    /// Panics on anything but a version 1 to 3 file of `<f4` in C order.
+    /// Panics on anything but a version 1 to 3 file of one of those kinds. Integers must be exact as f32.
     pub fn read(file: &[u8]) -> Npy {
         assert_eq!(&file[..6], b"\x93NUMPY");
         let (header_start, header_len) = match file[6] {
@@ -16,13 +16,22 @@ impl Npy {
         };
         let data_start = header_start + header_len;
         let header = std::str::from_utf8(&file[header_start..data_start]).unwrap();
-        assert!(header.contains("'descr': '<f4'"), "{header}");
         assert!(header.contains("'fortran_order': False"), "{header}");
         let (_, shape) = header.split_once("'shape': (").unwrap();
         let (shape, _) = shape.split_once(')').unwrap();
         let numbers = shape.split(',').map(str::trim).filter(|n| !n.is_empty());
         let shape: Vec<usize> = numbers.map(|n| n.parse().unwrap()).collect();
-        let values = floats(&file[data_start..]);
+        let data = &file[data_start..];
+        let values = if header.contains("'descr': '<f4'") {
+            floats(data)
+        } else if header.contains("'descr': '|i1'") {
+            data.iter().map(|&byte| f32::from(byte as i8)).collect()
+        } else {
+            assert!(header.contains("'descr': '<i4'"), "{header}");
+            let ints = data.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
+            assert!(ints.clone().all(|n| n.abs() <= 1 << 24));
+            ints.map(|n| n as f32).collect()
+        };
         assert_eq!(values.len(), shape.iter().product::<usize>());
         Npy { shape, values }
     }
