@@ -16,7 +16,7 @@
     clippy::panic
 )]
 
-mod map;
+pub(crate) mod map;
 pub mod write;
 
 use std::cmp::Ordering;
@@ -145,7 +145,7 @@ impl Gguf {
     /// wrong with the file, including that it is a directory, a pipe or a device.
     pub fn open(path: &Path) -> Result<Gguf> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        let source = Source::open(path, &name, MIN_FILE_BYTES)?;
+        let source = Source::open(path, &name, MIN_FILE_BYTES, "a GGUF file")?;
         Gguf::parse(name, path.to_path_buf(), source)
     }
 

@@ -3,12 +3,14 @@
 pub mod attend;
 pub mod channel;
 pub mod config;
+pub mod convert;
 pub mod error;
 pub mod forward;
 pub mod gguf;
 pub mod kv;
 pub mod machine;
 pub mod model;
+pub mod new_file;
 pub mod ops;
 pub mod pack;
 pub mod registry;

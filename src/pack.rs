@@ -21,7 +21,7 @@
 
 use std::cell::RefCell;
 use std::fs::{self, File, TryLockError};
-use std::io::{BufWriter, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -33,6 +33,7 @@ use sha2::{Digest, Sha256};
 use crate::gguf::write::Writer;
 use crate::gguf::{Bytes, Gguf, Tensor, Value};
 use crate::machine::storage;
+use crate::new_file::NewFile;
 use crate::{Error, Kind, Result};
 
 /// What the copies call themselves in `general.architecture`.
@@ -50,8 +51,6 @@ const PIECE: usize = 1 << 20;
 /// The most that eight rows may have. Those of the largest model have 200 KB; a file full of holes can claim gigabytes, which
 /// would have to be held in memory.
 const MAX_GROUP: usize = 64 << 20;
-/// Written before the disk is waited for: progress that is shown has been made, and the end is not a long wait.
-const SYNC: usize = 64 << 20;
 /// Matrices whose first bytes are part of the key, at most, and how many bytes. They tell two models apart whose sizes,
 /// shapes and times are the same: archives and package stores set all times to one value.
 const SAMPLES: usize = 16;
@@ -326,11 +325,10 @@ impl<'a, 'p> Reader<'a, 'p> {
     }
 }
 
-/// The new file: hashes what passes, and does not run ahead of the disk.
+/// The new file, and the digest of what passes.
 struct Output {
-    file: BufWriter<File>,
+    file: NewFile,
     hash: Sha256,
-    unsynced: usize,
 }
 
 /// [`Output`] as both the writer of GGUF files and the writer of a tensor hold it.
@@ -341,28 +339,11 @@ impl Write for Shared<'_> {
         let mut out = self.0.borrow_mut();
         let n = out.file.write(bytes)?;
         out.hash.update(&bytes[..n]);
-        out.unsynced += n;
-        if out.unsynced >= SYNC {
-            out.unsynced = 0;
-            out.file.flush()?;
-            out.file.get_ref().sync_data()?;
-        }
         Ok(n)
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.0.borrow_mut().file.flush()
-    }
-}
-
-/// Removed again unless it comes to its end.
-struct Unfinished(Option<PathBuf>);
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            let _ = fs::remove_file(path);
-        }
     }
 }
 
@@ -412,14 +393,7 @@ pub fn write(store: &Path, source: &Gguf, names: &[(String, Format)], progress: 
     }
 
     let target = directory.join(format!("{}{}", stem(&identity.path), identity.suffix()));
-    let part = target.with_extension("part");
-    let mut unfinished = Unfinished(Some(part.clone()));
-    let file = File::create(&part).map_err(|e| Error::io(&part, &e))?;
-    let file = write_file(file, &part, source, &identity, &matrices, progress)?;
-    file.sync_all().map_err(|e| Error::io(&part, &e))?;
-    fs::rename(&part, &target).map_err(|e| Error::io(&target, &e))?;
-    unfinished.0 = None;
-    sync_directory(&directory)?;
+    write_file(NewFile::create(&target)?, source, &identity, &matrices, progress)?.finish()?;
     let replaced = |old: &&PathBuf| ends_with(old, &identity.suffix()) || made_from(old, &identity.path);
     for old in files(store).iter().filter(|old| **old != target).filter(replaced) {
         fs::remove_file(old).map_err(|e| Error::io(old, &e))?;
@@ -428,18 +402,18 @@ pub fn write(store: &Path, source: &Gguf, names: &[(String, Format)], progress: 
 }
 
 fn write_file(
-    file: File,
-    part: &Path,
+    file: NewFile,
     source: &Gguf,
     identity: &Identity,
     matrices: &[(&Tensor, Format)],
     progress: &mut Progress,
-) -> Result<File> {
-    let output = RefCell::new(Output { file: BufWriter::new(file), hash: Sha256::new(), unsynced: 0 });
+) -> Result<NewFile> {
+    let part = file.part().to_path_buf();
+    let output = RefCell::new(Output { file, hash: Sha256::new() });
     let reader = RefCell::new(Reader::new(source, progress, identity.bytes)?);
     let header = RefCell::new([0; DIGEST_BYTES]);
     let digest = || <[u8; DIGEST_BYTES]>::from(output.borrow_mut().hash.finalize_reset());
-    let write = |to: &mut dyn Write, bytes: &[u8]| to.write_all(bytes).map_err(|e| Error::io(part, &e));
+    let write = |to: &mut dyn Write, bytes: &[u8]| to.write_all(bytes).map_err(|e| Error::io(&part, &e));
 
     let mut writer = Writer::new();
     writer.metadata("general.architecture", ARCHITECTURE);
@@ -481,7 +455,7 @@ fn write_file(
     writer.write_to(&mut Shared(&output))?;
 
     if unchanged(source, identity) {
-        output.into_inner().file.into_inner().map_err(|e| Error::io(part, e.error()))
+        Ok(output.into_inner().file)
     } else {
         Err(Error::invalid(format!("{}: changed while it was packed", source.name())))
     }
@@ -491,14 +465,6 @@ fn write_file(
 fn unchanged(source: &Gguf, identity: &Identity) -> bool {
     let Some((path, modified)) = source.origin() else { return false };
     fs::metadata(path).is_ok_and(|now| now.len() == identity.bytes && now.modified().is_ok_and(|m| m == modified))
-}
-
-/// Makes the directory's names as lasting as its files.
-fn sync_directory(directory: &Path) -> Result<()> {
-    #[cfg(unix)]
-    File::open(directory).and_then(|file| file.sync_all()).map_err(|e| Error::io(directory, &e))?;
-    let _ = directory;
-    Ok(())
 }
 
 /// Removes what killed processes left; called with the lock held.

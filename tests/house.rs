@@ -10,7 +10,7 @@ use std::path::Path;
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
 const LEVELS: [&[&str]; 11] = [
     &["error"],
-    &["gguf", "team"],
+    &["gguf", "team", "new_file"],
     &["weight", "machine"],
     &["config"],
     &["pack"],
@@ -18,12 +18,12 @@ const LEVELS: [&[&str]; 11] = [
     &["attend"],
     &["tokenizer", "sample", "forward"],
     &["template", "channel"],
-    &["session", "registry"],
+    &["session", "registry", "convert"],
     &["lib"],
 ];
 
 /// Crates with a single user: a file, or a folder with the file beside it.
-const OWNED: [(&str, &str); 11] = [
+const OWNED: [(&str, &str); 13] = [
     ("rayon", "team"),
     ("memmap2", "gguf"),
     ("rustix", "machine"),
@@ -31,6 +31,8 @@ const OWNED: [(&str, &str); 11] = [
     ("minijinja_contrib", "template"),
     ("tokenizers", "tokenizer"),
     ("toml", "registry"),
+    ("safetensors", "convert"),
+    ("fancy_regex", "convert"),
     ("clap", "cli"),
     ("rustyline", "cli"),
     ("indicatif", "cli"),

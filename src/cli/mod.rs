@@ -5,11 +5,13 @@
 
 mod bench;
 mod chat;
+mod convert;
 mod doctor;
 mod eval;
 mod open;
 mod pack;
 mod page_in;
+mod progress;
 mod run;
 mod selftest;
 mod show;
@@ -57,6 +59,7 @@ enum Command {
     Eval(eval::Eval),
     Bench(bench::Bench),
     Pack(pack::Pack),
+    Convert(convert::Convert),
     Doctor(doctor::Doctor),
     Selftest(selftest::Selftest),
 }
@@ -115,6 +118,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
         Some(Command::Pack(pack)) => pack.run(),
+        Some(Command::Convert(convert)) => convert.run(),
         Some(Command::Doctor(doctor)) => doctor.run(),
         Some(Command::Selftest(selftest)) => selftest.run(),
     }

@@ -3,11 +3,9 @@
 //! What a copy is, `gemrun::pack` tells. Here: a progress bar, Ctrl-C, and words. Standard output is the path of the copy.
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
-use std::ops::ControlFlow;
+use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use gemrun::gguf::Gguf;
@@ -16,8 +14,8 @@ use gemrun::pack::{self, Found, Packed};
 use gemrun::registry::{self, Source};
 use gemrun::weight::Numerics;
 use gemrun::{Error, Kind};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use super::progress::Shown;
 use super::run::interrupt_flag;
 use super::terminal::eprintln_quietly;
 use super::{Result, open};
@@ -93,8 +91,8 @@ impl Pack {
         }
         let mut shown = Shown::new("packing", &interrupt);
         let copy = pack::write(&store, &source, loaded.interleavable(), &mut |done, total| shown.at(done, total));
-        shown.bar.finish_and_clear();
-        let (copy, seconds) = (copy?, shown.start.elapsed().as_secs_f64());
+        let seconds = shown.end().as_secs_f64();
+        let copy = copy?;
         let bytes = std::fs::metadata(&copy).map_err(|e| Error::io(&copy, &e))?.len();
         eprintln_quietly(format_args!(
             "{model}: packed {:.2} GB in {seconds:.1} s; gemrun reads the copy from now on",
@@ -113,64 +111,6 @@ fn print(path: &Path) -> Result {
 fn check(copy: &Packed, source: &Gguf, interrupt: &AtomicBool) -> gemrun::Result<()> {
     let mut shown = Shown::new("checking", interrupt);
     let result = copy.check(source, &mut |done, total| shown.at(done, total));
-    shown.bar.finish_and_clear();
+    shown.end();
     result
-}
-
-/// Progress as people see it: a bar on a terminal, elsewhere a line now and then.
-struct Shown<'a> {
-    what: &'static str,
-    bar: ProgressBar,
-    interrupt: &'a AtomicBool,
-    start: Instant,
-    /// When the next line is due.
-    next: Duration,
-}
-
-/// Between lines.
-const EVERY: Duration = Duration::from_secs(5);
-
-impl<'a> Shown<'a> {
-    fn new(what: &'static str, interrupt: &'a AtomicBool) -> Shown<'a> {
-        let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {wide_bar} {bytes_per_sec}, {eta} left");
-        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new(0).with_style(style).with_message(what);
-        Shown { what, bar, interrupt, start: Instant::now(), next: EVERY }
-    }
-
-    /// Shows that so many bytes are done; whether to go on.
-    fn at(&mut self, done: u64, total: u64) -> ControlFlow<()> {
-        if self.interrupt.load(Ordering::Relaxed) {
-            return ControlFlow::Break(());
-        }
-        self.bar.set_length(total);
-        self.bar.set_position(done);
-        let elapsed = self.start.elapsed();
-        if elapsed >= self.next && !std::io::stderr().is_terminal() {
-            self.next = elapsed + EVERY;
-            eprintln_quietly(format_args!("{}", line(self.what, done, total, elapsed)));
-        }
-        ControlFlow::Continue(())
-    }
-}
-
-/// `packing: 1.20 of 3.35 GB, 240 MB/s, 9 s left`.
-fn line(what: &str, done: u64, total: u64, elapsed: Duration) -> String {
-    let speed = done as f64 / elapsed.as_secs_f64();
-    let left = total.saturating_sub(done) as f64 / speed;
-    let (done, total, speed) = (done as f64 / 1e9, total as f64 / 1e9, speed / 1e6);
-    format!("{what}: {done:.2} of {total:.2} GB, {speed:.0} MB/s, {left:.0} s left")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn progress_without_a_terminal() {
-        assert_eq!(
-            line("packing", 1_200_000_000, 3_350_000_000, Duration::from_secs(5)),
-            "packing: 1.20 of 3.35 GB, 240 MB/s, 9 s left"
-        );
-    }
 }

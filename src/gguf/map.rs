@@ -17,15 +17,16 @@ use memmap2::Mmap;
 use crate::error::{Error, Result};
 
 /// The bytes of a file.
-pub(super) enum Source {
+pub(crate) enum Source {
     Mapped(Mapping),
     Static(&'static [u8]),
     Owned(Vec<u8>),
 }
 
 impl Source {
-    /// Maps the regular file at `path`, which must have at least `min_bytes`. Never blocks on pipes or devices.
-    pub(super) fn open(path: &Path, name: &str, min_bytes: u64) -> Result<Source> {
+    /// Maps the regular file at `path`, which must have at least `min_bytes` and is expected to be `what`, "a GGUF file". Never
+    /// blocks on pipes or devices.
+    pub(crate) fn open(path: &Path, name: &str, min_bytes: u64, what: &str) -> Result<Source> {
         let mut options = OpenOptions::new();
         options.read(true);
         #[cfg(unix)]
@@ -37,14 +38,14 @@ impl Source {
         let file = options.open(path).map_err(|e| Error::io(path, &e))?;
         let meta = file.metadata().map_err(|e| Error::io(path, &e))?;
         if meta.is_dir() {
-            return Err(Error::invalid(format!("{name}: is a directory: expected a GGUF file")));
+            return Err(Error::invalid(format!("{name}: is a directory: expected {what}")));
         }
         if !meta.is_file() {
-            return Err(Error::invalid(format!("{name}: is a pipe or a device: expected a GGUF file")));
+            return Err(Error::invalid(format!("{name}: is a pipe or a device: expected {what}")));
         }
         if meta.len() < min_bytes {
             return Err(Error::invalid(format!(
-                "{name}: the file has {} bytes: expected a GGUF file of at least {min_bytes}",
+                "{name}: the file has {} bytes: expected {what} of at least {min_bytes}",
                 meta.len()
             )));
         }
@@ -59,7 +60,7 @@ impl Source {
         }
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Source::Mapped(mapping) => &mapping.map,
             Source::Static(bytes) => bytes,
@@ -93,7 +94,7 @@ impl Source {
 
     /// Lets go of the pages of `range`: the system keeps them in its cache, but they are no longer this process's memory, until
     /// they are read again.
-    pub(super) fn let_go(&self, range: Range<usize>) {
+    pub(crate) fn let_go(&self, range: Range<usize>) {
         #[cfg(target_os = "linux")]
         if let Source::Mapped(mapping) = self {
             // SAFETY: the map is of a file, shared and read-only, so whoever reads these bytes, even now, gets the file's.
@@ -134,7 +135,7 @@ impl Source {
 }
 
 /// A read-only map of a whole file, known to the SIGBUS handler while it lives.
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     map: Mmap,
     modified: Option<SystemTime>,
     #[cfg(unix)]
@@ -324,8 +325,8 @@ mod tests {
         }
         let (_dir, path) = file_of(100_000);
         let (_other_dir, other) = file_of(100_000);
-        let first = Source::open(&other, "other.gguf", 1).unwrap();
-        let source = Source::open(&path, &path.file_name().unwrap().to_string_lossy(), 1).unwrap();
+        let first = Source::open(&other, "other.gguf", 1, "a GGUF file").unwrap();
+        let source = Source::open(&path, &path.file_name().unwrap().to_string_lossy(), 1, "a GGUF file").unwrap();
         assert_eq!(sum(source.bytes()) + sum(first.bytes()), 200_000);
         OpenOptions::new().write(true).open(&path).unwrap().set_len(50_000).unwrap();
         // Another thread, as in a real run.
@@ -341,7 +342,7 @@ mod tests {
             return;
         }
         let (_dir, path) = file_of(100_000);
-        let ours = Source::open(&path, "ours.gguf", 1).unwrap();
+        let ours = Source::open(&path, "ours.gguf", 1, "a GGUF file").unwrap();
         assert_eq!(sum(ours.bytes()), 100_000);
         drop(ours);
         // SAFETY: the test dies of what would be wrong with it.
@@ -355,7 +356,8 @@ mod tests {
     fn slots_are_freed_and_a_full_table_is_no_error() {
         let (_dir, path) = file_of(64);
         for _ in 0..3 {
-            let many: Vec<Source> = (0..40).map(|_| Source::open(&path, "many.gguf", 1).unwrap()).collect();
+            let many: Vec<Source> =
+                (0..40).map(|_| Source::open(&path, "many.gguf", 1, "a GGUF file").unwrap()).collect();
             assert!(many.iter().all(|s| s.bytes().len() == 64));
         }
     }
@@ -363,7 +365,8 @@ mod tests {
     #[test]
     fn only_regular_files_of_some_size_are_opened() {
         let (dir, path) = file_of(10);
-        let error = |path: &Path| Source::open(path, "f", 24).err().map(|e| (e.exit_code(), e.to_string()));
+        let error =
+            |path: &Path| Source::open(path, "f", 24, "a GGUF file").err().map(|e| (e.exit_code(), e.to_string()));
         assert_eq!(error(&path), Some((5, "f: the file has 10 bytes: expected a GGUF file of at least 24".into())));
         assert_eq!(error(dir.path()), Some((5, "f: is a directory: expected a GGUF file".into())));
         assert_eq!(error(Path::new("/dev/zero")), Some((5, "f: is a pipe or a device: expected a GGUF file".into())));

@@ -130,6 +130,12 @@ impl<'a> Writer<'a> {
         self
     }
 
+    /// Bytes of all tensors added so far, with the padding behind each.
+    pub fn data_bytes(&self) -> u64 {
+        let padded = |t: &NewTensor| t.bytes().and_then(|n| align(n, self.alignment)).unwrap_or(0);
+        self.tensors.iter().map(padded).fold(0, u64::saturating_add)
+    }
+
     /// The whole file in memory.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 // Each test program uses its own part of this module.
 #![allow(dead_code)]
 
+pub mod checkpoint;
 pub mod damage;
 pub mod examine;
 pub mod golden;
