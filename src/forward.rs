@@ -18,7 +18,7 @@ use crate::kv::{Kv, KvType};
 use crate::model::{KeyValue, Layer, Model, Moe, PerLayerEmbedding};
 use crate::ops::{RopeTable, add_rms_norm, rms_norm, rms_norm_in_place};
 use crate::team::Team;
-use crate::weight::{ActsBufs, acts, gelu_acts, multiply};
+use crate::weight::{ActsBufs, acts, gelu_acts, multiply, multiply_best};
 use crate::{Error, Result};
 
 /// Which tokens of a chunk need logits.
@@ -28,6 +28,8 @@ pub enum Want {
     Nothing,
     /// The last one.
     Last,
+    /// The last one, and of its logits the so many largest: others may be lower than they are.
+    Best(usize),
     /// Every one.
     All,
 }
@@ -37,7 +39,7 @@ impl Want {
     fn of(self, n: usize) -> Range<usize> {
         match self {
             Want::Nothing => n..n,
-            Want::Last => n.saturating_sub(1)..n,
+            Want::Last | Want::Best(_) => n.saturating_sub(1)..n,
             Want::All => 0..n,
         }
     }
@@ -72,6 +74,7 @@ pub struct State {
     gated: Vec<f32>,  // (tokens, ple)
     moe: MoeState,    // only with experts
     logits: Vec<f32>, // (wanted tokens, vocab)
+    maxima: Vec<f32>, // of parts of the logits
 }
 
 /// Buffers of the mixture of experts.
@@ -132,6 +135,7 @@ impl State {
             gated: buffer(c.ple),
             moe,
             logits: Vec::new(),
+            maxima: Vec::new(),
         })
     }
 
@@ -191,7 +195,7 @@ pub fn forward<'s>(m: &Model, team: &Team, s: &'s mut State, tokens: &[u32], wan
         s.tap("l_out", il, |s| &mut s.x, n * dim);
     }
     s.kv.advance(n);
-    logits(m, team, s, &wanted);
+    logits(m, team, s, &wanted, want);
     Ok(&s.logits)
 }
 
@@ -441,7 +445,7 @@ fn per_layer_embedding(
 }
 
 /// logits = softcap(output · (rms(x) · output_norm)) of the wanted tokens
-fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>) {
+fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>, want: Want) {
     /// Logits one thread caps at a time.
     const PART: usize = 4096;
     let Config { dim, vocab, eps, .. } = m.config;
@@ -453,7 +457,10 @@ fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>) {
     let h = &mut s.h[..n * dim];
     rms_norm(m.ops, team, h, &s.x[rows(wanted, dim)], &m.output_norm, eps);
     let [h] = acts(m.ops, team, &mut s.acts, h, [&m.output]);
-    multiply(m.ops, team, [(h, &m.output, &mut s.logits)]);
+    match want {
+        Want::Best(best) => multiply_best(m.ops, team, (h, &m.output, &mut s.logits), best, &mut s.maxima),
+        _ => multiply(m.ops, team, [(h, &m.output, &mut s.logits)]),
+    }
     if let Some(cap) = m.config.softcap {
         let all = s.logits.len();
         team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| m.ops.softcap(part.row(0), cap));

@@ -1,6 +1,7 @@
 //! gemrun, the CPU engine for Gemma 4: a memory-mapped GGUF file, a forward pass, a conversation.
 
 pub mod attend;
+pub mod calibrate;
 pub mod channel;
 pub mod config;
 pub mod convert;

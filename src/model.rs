@@ -144,9 +144,11 @@ impl Model {
     /// the same.
     pub fn load_packed(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<Model> {
         let config = Config::from_gguf(gguf)?;
-        if numerics.act == Act::Static && config.srq.is_none() {
-            let error =
-                format!("{}: static activation scales: the file has none: expected auto, int8 or float", gguf.name());
+        if numerics.act == Act::Static && config.srq.is_none() && numerics.input_scales.is_empty() {
+            let error = format!(
+                "{}: static activation scales: the file has none: expected --static or another --act",
+                gguf.name()
+            );
             return Err(Error::unsupported(error));
         }
         let load = Loader { gguf, config: &config, numerics, packed, interleavable: RefCell::default() };
@@ -208,6 +210,26 @@ impl Model {
     /// part used on its own, come in eights: what a packed copy holds.
     pub fn interleavable(&self) -> &[(String, Format)] {
         &self.interleavable
+    }
+
+    /// The matrices of the layers that may have static scales, by role ([`config::ROLES`](crate::config::ROLES)).
+    pub fn layer_weights(&mut self, il: usize) -> Vec<(&'static str, &mut Weight)> {
+        let layer = &mut self.layers[il];
+        let mut weights = vec![
+            ("attn_q", &mut layer.attn_q),
+            ("attn_output", &mut layer.attn_output),
+            ("ffn_gate", &mut layer.ffn_gate),
+            ("ffn_up", &mut layer.ffn_up),
+            ("ffn_down", &mut layer.ffn_down),
+        ];
+        if let Some(kv) = &mut layer.attn_kv {
+            weights.push(("attn_k", &mut kv.attn_k));
+            weights.extend(kv.attn_v.as_mut().map(|weight| ("attn_v", weight)));
+        }
+        if let Some(ple) = &mut layer.ple {
+            weights.extend([("inp_gate", &mut ple.inp_gate), ("proj", &mut ple.proj)]);
+        }
+        weights
     }
 
     /// Whether any weight is read from a packed copy.
@@ -340,7 +362,12 @@ impl Loader<'_> {
 
         let fused_name = name("attn_qkv.weight");
         let fused = match self.gguf.tensor(&fused_name) {
-            Some(_) => Some(self.parts(&fused_name, &[dim, q_rows + 2 * kv_rows], &[q_rows, kv_rows])?),
+            Some(_) => Some(self.matrix_with(
+                &fused_name,
+                &[dim, q_rows + 2 * kv_rows],
+                &[q_rows, kv_rows],
+                self.static_scales(&name("attn_q.weight")),
+            )?),
             None => None,
         };
         let attn_q = match &fused {
@@ -370,7 +397,8 @@ impl Loader<'_> {
         let gate_up_name = name("ffn_gate_up.weight");
         let (ffn_gate, ffn_up) = match self.gguf.tensor(&gate_up_name) {
             Some(_) => {
-                let both = self.parts(&gate_up_name, &[dim, 2 * c.ff], &[c.ff])?;
+                let scales = self.static_scales(&name("ffn_gate.weight"));
+                let both = self.matrix_with(&gate_up_name, &[dim, 2 * c.ff], &[c.ff], scales)?;
                 (both.slice(0..c.ff), both.slice(c.ff..2 * c.ff))
             }
             None => {
@@ -524,8 +552,7 @@ impl Loader<'_> {
             }
         };
         let mut packed = None;
-        let rounded = scales.is_none_or(|scales| scales.input > 0.0);
-        if rounded && format.interleaves() && parts.iter().all(|rows| rows.is_multiple_of(interleave::ROWS)) {
+        if format.interleaves() && parts.iter().all(|rows| rows.is_multiple_of(interleave::ROWS)) {
             self.interleavable.borrow_mut().push((name.to_string(), format));
             packed = self.packed.zip(self.gguf.tensor(name)).and_then(|(packed, tensor)| packed.bytes(tensor));
         }

@@ -92,6 +92,13 @@ impl Sampler {
         &self.sampling
     }
 
+    /// How many of the largest logits decide what [`Sampler::sample`] returns; `None` if all do.
+    pub fn deciding(&self) -> Option<usize> {
+        let Sampling { temperature, top_k, repeat_penalty, .. } = self.sampling;
+        let keep = if temperature == 0.0 { 1 } else { top_k };
+        (keep > 0 && repeat_penalty == 1.0).then_some(keep.saturating_add(self.masked.len()))
+    }
+
     /// Replaces the seed, e.g. for another try at the same reply.
     pub fn set_seed(&mut self, seed: u64) {
         self.sampling.seed = seed;
@@ -194,6 +201,36 @@ pub fn argmax(logits: &[f32]) -> Option<u32> {
     keys.first().map(|&key| id(key))
 }
 
+/// The log-probabilities of one position.
+pub struct LogProbs<'a> {
+    logits: &'a [f32],
+    /// `ln Σ exp(logit)`.
+    log_sum: f64,
+}
+
+impl LogProbs<'_> {
+    /// Of a row of logits.
+    pub fn new(logits: &[f32]) -> LogProbs<'_> {
+        let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - largest)).sum();
+        LogProbs { logits, log_sum: largest + libm::log(sum) }
+    }
+
+    /// That of `token`, in nats.
+    pub fn of(&self, token: u32) -> f64 {
+        f64::from(self.logits[token as usize]) - self.log_sum
+    }
+
+    /// Σ p (ln p − ln q), with `self` as p; rounding can make it a hair negative where both are equal.
+    pub fn kl_from(&self, q: &LogProbs) -> f64 {
+        let terms = self.logits.iter().zip(q.logits).map(|(&p_logit, &q_logit)| {
+            let p = f64::from(p_logit) - self.log_sum;
+            libm::exp(p) * (p - (f64::from(q_logit) - q.log_sum))
+        });
+        terms.sum::<f64>().max(0.0)
+    }
+}
+
 /// A token and its logit in one integer whose ascending order is: larger logits first, then smaller ids.
 fn key(logit: f32, id: u32) -> u64 {
     let bits = logit.to_bits();
@@ -264,6 +301,17 @@ fn mix(x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn log_probabilities_of_known_distributions() {
+        let (even, odd) = ([3.0, 3.0], [0.0, libm::logf(3.0)]); // 1/2 1/2 and 1/4 3/4
+        let (p, q) = (LogProbs::new(&even), LogProbs::new(&odd));
+        assert!((p.of(0) - 0.5f64.ln()).abs() < 1e-7);
+        assert!((q.of(1) - 0.75f64.ln()).abs() < 1e-7);
+        let kl = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((p.kl_from(&q) - kl).abs() < 1e-7, "{}", p.kl_from(&q));
+        assert_eq!(p.kl_from(&p), 0.0);
+    }
     use proptest::prelude::*;
 
     fn sampler(sampling: Sampling) -> Sampler {

@@ -364,6 +364,7 @@ impl<'m> Session<'m> {
             };
             let stopped = || interrupt.load(Ordering::Relaxed);
             let prompt_start = Instant::now();
+            let want = sampler.deciding().map_or(Want::Last, Want::Best);
             let mut next = None;
             if emit(Event::Prompt { done: 0, total: n - kept }) {
                 return Ok(End::Interrupted);
@@ -374,7 +375,7 @@ impl<'m> Session<'m> {
                     return Ok(End::Interrupted);
                 }
                 let last = held.len() + chunk.len() == n;
-                let logits = forward(model, team, state, chunk, if last { Want::Last } else { Want::Nothing })?;
+                let logits = forward(model, team, state, chunk, if last { want } else { Want::Nothing })?;
                 held.extend_from_slice(chunk);
                 usage.prompt_time = prompt_start.elapsed();
                 if last && limit > 0 {
@@ -404,7 +405,7 @@ impl<'m> Session<'m> {
                 if stopped() {
                     break End::Interrupted;
                 }
-                let logits = forward(model, team, state, &[token], Want::Last)?;
+                let logits = forward(model, team, state, &[token], want)?;
                 held.push(token);
                 next = Some(sampler.sample(logits, held, held.len())?);
                 usage.decoded += 1;

@@ -4,8 +4,9 @@
 //! and the caller's [`Numerics`]; its bytes stay in the mapped file. Bits never depend on how rows are cut into tiles,
 //! because a kernel computes every output from one row and one token alone.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use gemrun_simd::{
     Acts, ActsBuf, ActsMut, Choice, DIGITS, Format, Kernel, Layout, Ops, Rows, Tile, dequant, interleave, select_in,
@@ -35,6 +36,8 @@ pub struct Numerics {
     pub act: Act,
     /// Which kernels may run.
     pub kernel: Choice,
+    /// Static scales of inputs for a file that has none, by tensor name without `.weight`.
+    pub input_scales: Arc<BTreeMap<String, f32>>,
 }
 
 impl Numerics {
@@ -130,6 +133,8 @@ pub struct Weight {
     /// Scales of the rows of the matrix that this one is cut from, and the first of its own.
     row_scale: Arc<[f32]>,
     first_row: usize,
+    /// Remembers how large inputs were, if asked to.
+    seen: Option<Arc<Seen>>,
 }
 
 impl Weight {
@@ -147,7 +152,18 @@ impl Weight {
         assert_eq!(row_scale.len(), if format.is_channel() { rows } else { 0 }, "{rows} x {cols} {}", format.name());
         let rounded = matches!(numerics.act, Act::Auto | Act::Static);
         let output_scale = scales.filter(|_| rounded).map_or(0.0, |scales| scales.output);
-        Weight { kernel, bytes, rows, cols, row_bytes, input, output_scale, row_scale: row_scale.into(), first_row: 0 }
+        Weight {
+            kernel,
+            bytes,
+            rows,
+            cols,
+            row_bytes,
+            input,
+            output_scale,
+            row_scale: row_scale.into(),
+            first_row: 0,
+            seen: None,
+        }
     }
 
     /// Output width.
@@ -186,6 +202,17 @@ impl Weight {
         Weight { bytes, first_row: self.first_row + rows.start, rows: rows.len(), ..self.clone() }
     }
 
+    /// From now on remembers how large its inputs are.
+    pub fn observe(&mut self) -> Arc<Seen> {
+        self.seen.get_or_insert_default().clone()
+    }
+
+    fn see(&self, x: &[f32]) {
+        if let Some(seen) = &self.seen {
+            seen.add(x);
+        }
+    }
+
     /// Those activations, of all that [`acts`] made for this weight, that belong to some of the tokens.
     pub fn part<'a>(&self, x: &Acts<'a>, tokens: Range<usize>) -> Acts<'a> {
         let rows = self.input.rows_of_a_token();
@@ -200,6 +227,47 @@ impl Weight {
             false => &self.row_scale[self.first_row + rows.start..self.first_row + rows.end],
         };
         Rows { bytes, scale }
+    }
+}
+
+/// How large the inputs of a weight were: magnitudes, counted by their leading bits.
+#[derive(Default)]
+pub struct Seen(Mutex<Magnitudes>);
+
+#[derive(Default)]
+struct Magnitudes {
+    /// By the exponent and the five bits below it; empty before the first value.
+    counts: Vec<u64>,
+    largest: f32,
+}
+
+impl Seen {
+    /// Bits of an f32 that do not matter.
+    const SHIFT: u32 = 18;
+
+    fn add(&self, x: &[f32]) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.counts.resize(1 << (31 - Seen::SHIFT), 0);
+        for x in x {
+            let magnitude = x.abs();
+            seen.counts[(magnitude.to_bits() >> Seen::SHIFT) as usize] += 1;
+            seen.largest = seen.largest.max(magnitude);
+        }
+    }
+
+    /// A magnitude that at least `share` of the values do not exceed: 1 for all of them. 0 if there was none.
+    pub fn quantile(&self, share: f64) -> f32 {
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: u64 = seen.counts.iter().sum();
+        let mut left = (all as f64 * share).ceil() as u64;
+        for (bin, &count) in seen.counts.iter().enumerate() {
+            left = left.saturating_sub(count);
+            if left == 0 {
+                let end = f32::from_bits((bin as u32 + 1) << Seen::SHIFT);
+                return end.min(seen.largest);
+            }
+        }
+        seen.largest
     }
 }
 
@@ -219,6 +287,7 @@ pub fn acts<'a, const N: usize>(
     x: &'a [f32],
     weights: [&Weight; N],
 ) -> [Acts<'a>; N] {
+    weights.iter().for_each(|weight| weight.see(x));
     let first_alike = |i: usize| weights.iter().position(|w| w.input == weights[i].input).unwrap_or(i);
     for i in (0..N).filter(|&i| first_alike(i) == i) {
         quantize(ops, team, &mut bufs[i], x, weights[i]);
@@ -241,6 +310,7 @@ pub fn gelu_acts<'a>(
         team.share(gate.len() / weight.cols, 1, Lines(gate, weight.cols), |rows, Lines(gate, _)| {
             ops.gelu_mul(gate, &up[rows.start * weight.cols..rows.end * weight.cols]);
         });
+        weight.see(gate);
         quantize(ops, team, buf, gate, weight);
         return view(buf, gate, weight);
     }
@@ -249,6 +319,7 @@ pub fn gelu_acts<'a>(
         ops.gelu_mul(gate, &up[groups.start * GROUP..groups.end * GROUP]);
         weight.input.round(ops, gate, out);
     });
+    weight.see(gate);
     weight.input.merge(buf, gate.len(), weight.cols);
     view(buf, gate, weight)
 }
@@ -347,6 +418,66 @@ fn multiply_digits(weight: &Weight, rows: Rows, x: &Acts, tile: &mut Tile) {
             *out = first[i] + (second[i] + third[i]);
         }
     }
+}
+
+/// Outputs that are judged together in [`multiply_best`].
+const PART: usize = 256;
+
+/// The product with one token, of which only the `best` largest outputs are asked for: these are what [`multiply`] gives, others may be
+/// lower than they are. `maxima` is room to work in.
+///
+/// Where activations are digits, the most significant ones alone tell which rows cannot be among the best: the others change a
+/// product by no more than the length of the vector they form times that of a row (Cauchy and Schwarz). Only what can still win is
+/// multiplied by all digits.
+pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: usize, maxima: &mut Vec<f32>) {
+    if weight.input != Input::Digits || x.tokens != DIGITS || best >= weight.rows / PART || weight.output_scale > 0.0 {
+        return multiply(ops, team, [(x, weight, out)]);
+    }
+    let (first, rest) = (x.part(0..1), x.part(1..DIGITS));
+    team.tiles([(&mut *out, weight.rows, tile_rows(weight.rows, team.threads()))], |_, rows, mut tile| {
+        weight.kernel.matmul(weight.rows_of(rows), &first, &mut tile);
+    });
+
+    // What the digits left out can change, for a row whose scale is 1. A little more, for what the sums below round away.
+    let (second, third) = rest.q.split_at(weight.cols);
+    let worth = [rest.scale[0], rest.scale[1]].map(f64::from);
+    let left_out = second.iter().zip(third).map(|(&a, &b)| worth[0] * f64::from(a) + worth[1] * f64::from(b));
+    let length = left_out.map(|x| x * x).sum::<f64>().sqrt();
+    let largest = f64::from(1 << (weight.kernel.format().bits() - 1));
+    let most = (1.001 * length * largest * (weight.cols as f64).sqrt()) as f32;
+    let off = |row: usize, y: f32| weight.row_scale[weight.first_row + row].abs() * most + y.abs() * 1e-6;
+
+    // If so many parts have an output of at least some size for sure, then so many outputs have.
+    maxima.clear();
+    maxima.resize(weight.rows.div_ceil(PART), 0.0);
+    let mut least = std::mem::take(maxima);
+    for (part, (out, least)) in out.chunks(PART).zip(&mut least).enumerate() {
+        let sure = out.iter().enumerate().map(|(i, &y)| y - off(part * PART + i, y));
+        *least = sure.fold(f32::MIN, f32::max);
+    }
+    let (_, bar, _) = least.select_nth_unstable_by(best.max(1) - 1, |a, b| b.total_cmp(a));
+    let bar = *bar;
+    *maxima = least;
+
+    const GROUP: usize = interleave::ROWS;
+    team.share(weight.rows.div_ceil(GROUP), PART / GROUP, Lines(out, GROUP), |groups, Lines(out, _)| {
+        for (group, out) in groups.zip(out.chunks_mut(GROUP)) {
+            let rows = group * GROUP..group * GROUP + out.len();
+            // Also where nothing can be told.
+            let can_win = |(row, &y): (usize, &f32)| !(y + off(row, y) < bar);
+            if !rows.clone().zip(&*out).any(can_win) {
+                out.fill(f32::MIN);
+                continue;
+            }
+            let mut digits = [0.0; (DIGITS - 1) * GROUP];
+            let digits = &mut digits[..(DIGITS - 1) * out.len()];
+            weight.kernel.matmul(weight.rows_of(rows), &rest, &mut Tile::whole(digits, out.len()));
+            let (second, third) = digits.split_at(out.len());
+            for ((out, second), third) in out.iter_mut().zip(second).zip(third) {
+                *out += second + third;
+            }
+        }
+    });
 }
 
 /// A (rows, cols) matrix to look rows up in: embeddings.

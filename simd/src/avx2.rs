@@ -13,7 +13,7 @@ use crate::Isa;
 use crate::format::Block;
 use crate::unpack::EightRows;
 use crate::vec::LANES;
-use crate::wide::{self, Eight, Product, Range, Simd, proven};
+use crate::wide::{self, Eight, Product, Range, Simd, proven, unrolled};
 
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
@@ -28,6 +28,15 @@ pub(crate) trait Dot: Copy {
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
     /// [`Simd::crumbs`]: fields 0 and 2 to `acc[0]`, four times fields 1 and 3 to `acc[1]`.
     fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3];
+    /// The same of `N` groups.
+    #[inline(always)]
+    fn crumbs_of<const N: usize>(acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
+        let mut acc = acc;
+        unrolled!(g < N, {
+            acc = Self::crumbs(acc, w[g], a[g]);
+        });
+        acc
+    }
     /// The products of 32 weights with 32 activations, four added in each lane.
     fn dot(w: __m256i, a: __m256i, range: Range) -> __m256i;
     fn nibbles_across(rows: [&[u8; 16]; 8], a: &[i8; 32]) -> __m256i;
@@ -197,6 +206,10 @@ impl<D: Dot> Simd for Ymm<D> {
     #[inline(always)]
     fn crumbs(self, acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
         D::crumbs(acc, w, a)
+    }
+    #[inline(always)]
+    fn crumbs_of<const N: usize>(self, acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
+        D::crumbs_of(acc, w, a)
     }
     #[inline(always)]
     fn total(self, acc: [__m256i; 3], bits: usize) -> __m256i {
@@ -475,29 +488,40 @@ impl Dot for Maddubs {
         proven!(fold(acc, w, a, range, _mm256_blend_epi16::<0xaa>(scale, _mm256_slli_epi32::<16>(scale))))
     }
 
-    /// Fields 1 and 3 stay four times too large, in sums of their own: a shift less for each. 4·3·128·2 times four
-    /// products fit in 16 bits.
     #[inline(always)]
     fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
-        let (first, second) = wide::halves(a);
+        Self::crumbs_of(acc, [w], [a])
+    }
+
+    /// Fields 1 and 3 stay four times too large, in sums of their own: a shift less for each.
+    #[inline(always)]
+    fn crumbs_of<const N: usize>(acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
         proven!({
-            let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12));
-            let (mut once, mut four_times) = (_mm256_setzero_si256(), _mm256_setzero_si256());
-            for (w, a) in w.into_iter().zip([first, second]) {
-                let upper = _mm256_srli_epi16::<4>(w);
-                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), every(four(a, 0)));
-                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), every(four(a, 2)));
-                once = _mm256_add_epi16(once, _mm256_add_epi16(p, q));
-                let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), every(four(a, 1)));
-                let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), every(four(a, 3)));
-                four_times = _mm256_add_epi16(four_times, _mm256_add_epi16(p, q));
-            }
-            let one = _mm256_set1_epi16(1);
-            [
-                _mm256_add_epi32(acc[0], _mm256_madd_epi16(once, one)),
-                _mm256_add_epi32(acc[1], _mm256_madd_epi16(four_times, one)),
-                acc[2],
-            ]
+            let (low, high, one) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12), _mm256_set1_epi16(1));
+            let [mut total, mut total_four, rest] = acc;
+            // A lane takes eight products of a group, each at most 3·128: 16 bits hold eight groups, of four times those two.
+            let mut once = _mm256_setzero_si256();
+            let mut four_times = once;
+            unrolled!(g < N, {
+                if g % 2 == 0 {
+                    four_times = _mm256_setzero_si256();
+                }
+                let (first, second) = wide::halves(a[g]);
+                for (w, a) in w[g].into_iter().zip([first, second]) {
+                    let upper = _mm256_srli_epi16::<4>(w);
+                    let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), every(four(a, 0)));
+                    let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), every(four(a, 2)));
+                    once = _mm256_add_epi16(once, _mm256_add_epi16(p, q));
+                    let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), every(four(a, 1)));
+                    let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), every(four(a, 3)));
+                    four_times = _mm256_add_epi16(four_times, _mm256_add_epi16(p, q));
+                }
+                if g % 2 == 1 || g + 1 == N {
+                    total_four = _mm256_add_epi32(total_four, _mm256_madd_epi16(four_times, one));
+                }
+            });
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(once, one));
+            [total, total_four, rest]
         })
     }
 

@@ -47,7 +47,7 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes
 
 /// Bits of a weight.
 const fn bits<B: Block>() -> usize {
-    B::FORMAT.block_bytes() * 8 / B::FORMAT.block_elems()
+    B::FORMAT.bits()
 }
 
 /// The lowest bits of a byte, as many as a weight has. (No channel-wise format has more than 8.)
@@ -297,15 +297,38 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize, const GROUPS: usize>(
             if S::ROWS == 16 {
                 s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
             }
-            // SAFETY: the caller's promise.
-            let block = unsafe { Vector::take(&mut streams[i], block_bytes) };
-            let mut group = [s.splat_u8(0); 8];
-            for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
-                *word = s.load(block.fields(4 * u));
+            if bits::<B>() > 2 {
+                // SAFETY: the caller's promise.
+                let group = unsafe { take_words::<S, B, 8>(s, &mut streams[i]) };
+                acc[i] = add::<S, B>(s, acc[i], group, &a[g]);
             }
-            acc[i] = add::<S, B>(s, acc[i], group, &a[g]);
         });
     });
+    if bits::<B>() == 2 {
+        unrolled!(i < N, {
+            let mut groups = [[s.splat_u8(0); 2]; GROUPS];
+            unrolled!(g < GROUPS, {
+                // SAFETY: the caller's promise.
+                groups[g] = unsafe { take_words::<S, B, 2>(s, &mut streams[i]) };
+            });
+            acc[i] = s.crumbs_of(acc[i], groups, a.each_ref());
+        });
+    }
+}
+
+/// Takes a block off a stream: its words, up to `N` of them.
+///
+/// # Safety
+/// There must be one.
+#[inline(always)]
+unsafe fn take_words<S: Simd, B: Block, const N: usize>(s: S, stream: &mut [&[u8]; 2]) -> [S::B; N] {
+    // SAFETY: the caller's promise.
+    let block = unsafe { Vector::take(stream, const { 8 * B::FORMAT.block_bytes() }) };
+    let mut group = [s.splat_u8(0); N];
+    for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
+        *word = s.load(block.fields(4 * u));
+    }
+    group
 }
 
 // Many tokens.

@@ -180,6 +180,11 @@ impl Format {
         matches!(self, Format::W2C | Format::W4C | Format::W8C | Format::Q4_0C | Format::Q8_0C | Format::Tq2_0C)
     }
 
+    /// Bits of a weight, those of scales left out: exact for formats with a scale a row.
+    pub const fn bits(self) -> usize {
+        self.block_bytes() * 8 / self.block_elems()
+    }
+
     /// Bytes of a row of `cols` weights; `None` if `cols` is not a whole number of blocks or the
     /// product overflows.
     pub const fn row_bytes(self, cols: usize) -> Option<usize> {

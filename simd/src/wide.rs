@@ -225,7 +225,16 @@ pub(crate) trait Simd: Copy {
         }
         [self.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
     }
-    /// The same for four-bit weights: bits 4c.. of `w[u]` are weights 8u + 4c.. .
+    /// [`Simd::crumbs`] of `N` groups, at most 8.
+    #[inline(always)]
+    fn crumbs_of<const N: usize>(self, acc: [Self::I; 3], w: [[Self::B; 2]; N], a: [&[i8; 32]; N]) -> [Self::I; 3] {
+        let mut acc = acc;
+        unrolled!(g < N, {
+            acc = self.crumbs(acc, w[g], a[g]);
+        });
+        acc
+    }
+    /// [`Simd::crumbs`] for four-bit weights: bits 4c.. of `w[u]` are weights 8u + 4c.. .
     #[inline(always)]
     fn nibbles(self, acc: [Self::I; 3], w: [Self::B; 4], a: &[i8; 32]) -> [Self::I; 3] {
         let mut codes = [w[0]; 8];

@@ -329,6 +329,9 @@ fn work(model: &Model, test: Test, batch: usize) -> (f64, f64) {
     (bytes as f64 / tokens as f64, multiply_adds as f64 / tokens as f64)
 }
 
+/// What a chat asks for, with the usual sampling.
+const WANT: Want = Want::Best(64);
+
 /// Runs `test` once; seconds.
 fn measure(model: &Model, team: &Team, state: &mut State, test: Test) -> gemrun::Result<f64> {
     let token = |i: usize| (uniform(0, i as u64) * model.config.vocab as f64) as u32;
@@ -346,11 +349,11 @@ fn measure(model: &Model, team: &Team, state: &mut State, test: Test) -> gemrun:
         let chunks = tokens.chunks(batch);
         let last = chunks.len() - 1;
         for (i, chunk) in chunks.enumerate() {
-            forward(model, team, state, chunk, if i == last { Want::Last } else { Want::Nothing })?;
+            forward(model, team, state, chunk, if i == last { WANT } else { Want::Nothing })?;
         }
     } else {
         for token in tokens.chunks(1) {
-            forward(model, team, state, token, Want::Last)?;
+            forward(model, team, state, token, WANT)?;
         }
     }
     Ok(start.elapsed().as_secs_f64())

@@ -14,7 +14,7 @@ use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
 use gemrun::kv::KvType;
 use gemrun::model::Model;
-use gemrun::sample::{all_finite, argmax};
+use gemrun::sample::{LogProbs, all_finite, argmax};
 use gemrun::team::Team;
 use gemrun::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -296,36 +296,8 @@ fn check_context(model: &Model, tokens: usize, what: &str) -> gemrun::Result<()>
 }
 
 /// `bos` and the next `ctx - 1` tokens, until all are used.
-fn windows(tokens: &[u32], ctx: usize, bos: u32) -> impl Iterator<Item = Vec<u32>> {
+pub(super) fn windows(tokens: &[u32], ctx: usize, bos: u32) -> impl Iterator<Item = Vec<u32>> {
     tokens.chunks(ctx - 1).map(move |chunk| [&[bos], chunk].concat())
-}
-
-/// The log-probabilities of one position.
-struct LogProbs<'a> {
-    logits: &'a [f32],
-    /// `ln Σ exp(logit)`.
-    log_sum: f64,
-}
-
-impl LogProbs<'_> {
-    fn new(logits: &[f32]) -> LogProbs<'_> {
-        let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - largest)).sum();
-        LogProbs { logits, log_sum: largest + libm::log(sum) }
-    }
-
-    fn of(&self, token: u32) -> f64 {
-        f64::from(self.logits[token as usize]) - self.log_sum
-    }
-
-    /// Σ p (ln p − ln q), with `self` as p; rounding can make it a hair negative where both are equal.
-    fn kl_from(&self, q: &LogProbs) -> f64 {
-        let terms = self.logits.iter().zip(q.logits).map(|(&p_logit, &q_logit)| {
-            let p = f64::from(p_logit) - self.log_sum;
-            libm::exp(p) * (p - (f64::from(q_logit) - q.log_sum))
-        });
-        terms.sum::<f64>().max(0.0)
-    }
 }
 
 /// A bar on standard error, if that is a terminal.
@@ -343,16 +315,5 @@ mod tests {
         let tokens = [10, 11, 12, 13, 14];
         let cut: Vec<_> = windows(&tokens, 3, 2).collect();
         assert_eq!(cut, [vec![2, 10, 11], vec![2, 12, 13], vec![2, 14]]);
-    }
-
-    #[test]
-    fn log_probabilities_of_known_distributions() {
-        let (even, odd) = ([3.0, 3.0], [0.0, libm::logf(3.0)]); // 1/2 1/2 and 1/4 3/4
-        let (p, q) = (LogProbs::new(&even), LogProbs::new(&odd));
-        assert!((p.of(0) - 0.5f64.ln()).abs() < 1e-7);
-        assert!((q.of(1) - 0.75f64.ln()).abs() < 1e-7);
-        let kl = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
-        assert!((p.kl_from(&q) - kl).abs() < 1e-7, "{}", p.kl_from(&q));
-        assert_eq!(p.kl_from(&p), 0.0);
     }
 }

@@ -4,6 +4,7 @@
 //! becomes one line and its exit code, a closed pipe is a quiet success, an interrupt is a quiet 130.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod convert;
 mod doctor;
@@ -58,6 +59,7 @@ enum Command {
     Template(template::Template),
     Eval(eval::Eval),
     Bench(bench::Bench),
+    Calibrate(calibrate::Calibrate),
     Pack(pack::Pack),
     Convert(convert::Convert),
     Doctor(doctor::Doctor),
@@ -117,6 +119,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Template(template)) => template.run(),
         Some(Command::Eval(eval)) => eval.run(),
         Some(Command::Bench(bench)) => bench.run(),
+        Some(Command::Calibrate(calibrate)) => calibrate.run(),
         Some(Command::Pack(pack)) => pack.run(),
         Some(Command::Convert(convert)) => convert.run(),
         Some(Command::Doctor(doctor)) => doctor.run(),

@@ -2,9 +2,11 @@
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use gemrun::calibrate;
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
@@ -71,6 +73,9 @@ pub struct Compute {
     /// What activations become before a matrix product: auto is what the file was made for, float the slow reference
     #[arg(long, value_name = "MODE", default_value = "auto")]
     act: ActArg,
+    /// Round inputs of matrices by the scales in FILE, which gemrun calibrate wrote
+    #[arg(long = "static", value_name = "FILE")]
+    scales: Option<PathBuf>,
     /// Tokens of a prompt computed at once [default: 64; with experts 512]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
@@ -152,6 +157,7 @@ impl Compute {
             ("--kernel", self.kernel.kernel.clone().filter(|name| !name.is_empty())),
             ("--kv", kv),
             ("--act", Some(self.act().to_string())),
+            ("--static", self.scales.as_ref().map(|path| path.display().to_string())),
             ("--batch", self.batch.map(|batch| batch.to_string())),
         ];
         let options = options.into_iter().filter_map(|(name, value)| Some([name.to_string(), value?])).flatten();
@@ -163,9 +169,9 @@ impl Compute {
         self.act.name()
     }
 
-    /// Kernel choice and activation mode.
+    /// Kernel choice and activation mode; static scales depend on the model and are not there yet.
     pub fn numerics(&self) -> Result<Numerics> {
-        Ok(Numerics { act: self.act.act(), kernel: self.kernel.choice()? })
+        Ok(Numerics { act: self.act.act(), kernel: self.kernel.choice()?, ..Numerics::default() })
     }
 }
 
@@ -224,9 +230,12 @@ pub struct Times {
 impl Compute {
     /// Opens and loads `model`, with its packed copy if there is one.
     pub fn load(&self, model: &OsStr) -> Result<Loaded> {
-        let numerics = self.numerics()?;
+        let mut numerics = self.numerics()?;
         let start = Instant::now();
         let gguf = gguf(model)?;
+        if let Some(scales) = &self.scales {
+            numerics.input_scales = Arc::new(calibrate::read(scales, &gguf)?);
+        }
         let packed = self.packed(&gguf, model);
         if let Some(only) = numerics.kernel.only.filter(|only| only.layout() == Layout::Interleaved)
             && packed.is_none()

@@ -15,7 +15,7 @@ use gemrun::kv::KvType;
 use gemrun::model::Model;
 use gemrun::registry;
 use gemrun::team::Team;
-use gemrun::weight::{Act, Numerics};
+use gemrun::weight::Numerics;
 use gemrun::{Error, Kind};
 use gemrun_simd::selftest::{Cases, check_ops, check_scalar_ops};
 use gemrun_simd::{Choice, Format, Isa, KERNELS, ops};
@@ -143,7 +143,7 @@ fn logits(choice: &Choice, isas: &[Isa], threads: &[usize]) -> gemrun::Result<(V
     let gguf = Gguf::from_static("demo", registry::DEMO)?;
     let tokenizer = open::tokenizer(&gguf)?;
     let tokens = tokenizer.encode_with_bos(TEXT, false);
-    let load = |kernel| Model::load(&gguf, &Numerics { act: Act::Auto, kernel });
+    let load = |kernel| Model::load(&gguf, &Numerics { kernel, ..Numerics::default() });
 
     let mut checks = Vec::new();
     let scalar = load(Choice { isa: Isa::Scalar, only: None })?;

@@ -105,6 +105,9 @@ impl Loader<'_> {
 
     /// The static activation scales of the matrix `name`.
     pub(super) fn static_scales(&self, name: &str) -> Option<StaticScales> {
+        if let Some(&input) = self.numerics.input_scales.get(stem(name)) {
+            return Some(StaticScales { input, output: 0.0 });
+        }
         let (il, role) = in_layer(name)?;
         self.config.static_scales(il, role)
     }

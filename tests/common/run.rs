@@ -30,7 +30,7 @@ pub const INT8: Way = Way { act: Act::Auto, ..EXACT };
 
 fn load(gguf: &Gguf, packed: Option<&Packed>, way: Way) -> Model {
     let kernel = Choice { isa: way.isa.unwrap_or(Isa::best()), ..Choice::default() };
-    Model::load_packed(gguf, packed, &Numerics { act: way.act, kernel }).unwrap()
+    Model::load_packed(gguf, packed, &Numerics { act: way.act, kernel, ..Numerics::default() }).unwrap()
 }
 
 /// Logits of every position: (tokens, vocab).
