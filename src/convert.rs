@@ -37,9 +37,13 @@ use std::path::Path;
 
 use gemrun_simd::Format;
 
+use crate::gguf::Gguf;
 use crate::gguf::write::Writer;
 use crate::machine::storage;
+use crate::model::Model;
 use crate::new_file::NewFile;
+use crate::tokenizer::Tokenizer;
+use crate::weight::Numerics;
 use crate::{Error, Kind, Result};
 use checkpoint::{Checkpoint, Meter};
 use hyper::{Hyper, Layer};
@@ -171,6 +175,8 @@ pub fn convert(source: &Path, out: &Path, options: &Options, progress: &mut Prog
     }
     let mut file = NewFile::create(out)?;
     writer.write_to(&mut file)?;
+    file.flush().map_err(|e| Error::io(file.part(), &e))?;
+    check_runs(file.part()).map_err(|e| e.within(&format!("{}: makes a file that does not run", source.display())))?;
     file.finish()?;
     let bytes = std::fs::metadata(out).map_err(|e| Error::io(out, &e))?.len();
     Ok(Report { target, bytes, notes })
@@ -201,6 +207,13 @@ fn check_out(checkpoint: &Checkpoint, source: &Path, out: &Path, options: &Optio
         return refuse("is what is to be converted: expected another file");
     }
     Ok(())
+}
+
+/// Loads the new file as whoever runs it would. Settings can fit the tensors and yet make no model.
+fn check_runs(path: &Path) -> Result<()> {
+    let gguf = Gguf::open(path)?;
+    Model::load(&gguf, &Numerics::default())?;
+    Tokenizer::from_gguf(&gguf).map(drop)
 }
 
 /// What the names of the text model's tensors begin with: it depends on which class they were saved from.

@@ -463,9 +463,9 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
     team.share(weight.rows.div_ceil(GROUP), PART / GROUP, Lines(out, GROUP), |groups, Lines(out, _)| {
         for (group, out) in groups.zip(out.chunks_mut(GROUP)) {
             let rows = group * GROUP..group * GROUP + out.len();
-            // Also where nothing can be told.
-            let can_win = |(row, &y): (usize, &f32)| !(y + off(row, y) < bar);
-            if !rows.clone().zip(&*out).any(can_win) {
+            // Of what is not a number nothing can be told.
+            let cannot_win = |(row, &y): (usize, &f32)| y + off(row, y) < bar;
+            if rows.clone().zip(&*out).all(cannot_win) {
                 out.fill(f32::MIN);
                 continue;
             }

@@ -586,6 +586,18 @@ fn settings_that_do_not_fit_are_refused_by_key() {
         assert_eq!(refused(|folder| checkpoint.write(folder), NATIVE), (*kind, message.to_string()));
     }
 
+    // What fits the tensors and still is no model: a global layer that shares, and no global layer before it.
+    let mut checkpoint = Checkpoint::plain();
+    checkpoint.config["text_config"]["num_kv_shared_layers"] = 3.into();
+    checkpoint.config["text_config"]["use_double_wide_mlp"] = false.into();
+    for (il, name) in [(2, "gate"), (2, "up"), (2, "down"), (3, "gate"), (3, "up"), (3, "down")] {
+        let narrow = checkpoint.tensor(&format!("layers.0.mlp.{name}_proj.weight")).clone();
+        *checkpoint.tensor(&format!("layers.{il}.mlp.{name}_proj.weight")) = narrow;
+    }
+    let message = "/model: makes a file that does not run: out.gguf.part: gemma4.attention.shared_kv_layers: 3: expected an earlier \
+                   global layer for layer 1 to share with";
+    assert_eq!(refused(|folder| checkpoint.write(folder), Options::default()), (Kind::Invalid, message.into()));
+
     // A map that speaks of other modules, while the width for all others is right.
     let mut checkpoint = Checkpoint::mobile_with(|_| 4);
     checkpoint.config["quantization_config"]["module_quant_configs"] = json!({"another_model": {"num_bits": 2}});
@@ -854,4 +866,166 @@ fn the_command_says_what_people_should_know() {
     checkpoint.write(&source);
     assert_eq!(gemrun(&["convert", "tiny-mobile", "-o", "x.gguf"]).0, Some(6));
     assert!(!folder.path().join("x.gguf").exists());
+}
+
+/// The plain checkpoint that a file of the reference converter was made from, by what the file says.
+fn unconverted(gguf: &Gguf) -> Checkpoint {
+    let roles = [
+        ("token_embd.weight", "embed_tokens.weight"),
+        ("per_layer_token_embd.weight", "embed_tokens_per_layer.weight"),
+        ("per_layer_model_proj.weight", "per_layer_model_projection.weight"),
+        ("per_layer_proj_norm.weight", "per_layer_projection_norm.weight"),
+        ("output_norm.weight", "norm.weight"),
+        ("attn_norm.weight", "input_layernorm.weight"),
+        ("attn_q.weight", "self_attn.q_proj.weight"),
+        ("attn_k.weight", "self_attn.k_proj.weight"),
+        ("attn_v.weight", "self_attn.v_proj.weight"),
+        ("attn_output.weight", "self_attn.o_proj.weight"),
+        ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+        ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+        ("post_attention_norm.weight", "post_attention_layernorm.weight"),
+        ("ffn_norm.weight", "pre_feedforward_layernorm.weight"),
+        ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
+        ("ffn_gate.weight", "mlp.gate_proj.weight"),
+        ("ffn_up.weight", "mlp.up_proj.weight"),
+        ("ffn_down.weight", "mlp.down_proj.weight"),
+        ("layer_output_scale.weight", "layer_scalar"),
+        ("inp_gate.weight", "per_layer_input_gate.weight"),
+        ("proj.weight", "per_layer_projection.weight"),
+        ("post_norm.weight", "post_per_layer_input_norm.weight"),
+        ("ffn_gate_inp.weight", "router.proj.weight"),
+        ("ffn_gate_inp.scale", "router.scale"),
+        ("ffn_down_exps.scale", "router.per_expert_scale"),
+        ("ffn_gate_up_exps.weight", "experts.gate_up_proj"),
+        ("ffn_down_exps.weight", "experts.down_proj"),
+        ("pre_ffw_norm_2.weight", "pre_feedforward_layernorm_2.weight"),
+        ("post_ffw_norm_1.weight", "post_feedforward_layernorm_1.weight"),
+        ("post_ffw_norm_2.weight", "post_feedforward_layernorm_2.weight"),
+    ];
+    let uint = |key: &str| gguf.uint(&format!("gemma4.{key}")).unwrap();
+    let list = |key: &str| -> Vec<i64> {
+        match gguf.get(&format!("gemma4.{key}")).unwrap() {
+            Value::Array(array) => array.ints().unwrap().collect(),
+            value => vec![value.as_int().unwrap() as i64],
+        }
+    };
+    let sliding: Vec<bool> =
+        gguf.array("gemma4.attention.sliding_window_pattern").unwrap().unwrap().bools().unwrap().collect();
+    let texts = |key: &str| -> Vec<String> {
+        let strings = gguf.array(key).unwrap().unwrap().strings().unwrap();
+        strings.map(|text| String::from_utf8(text.to_vec()).unwrap()).collect()
+    };
+    let (kv, ff) = (list("attention.head_count_kv"), list("feed_forward_length"));
+    let tokens = texts("tokenizer.ggml.tokens");
+    let global = sliding.iter().position(|&sliding| !sliding).unwrap();
+    let mut made = Checkpoint::plain();
+    made.tensors.clear();
+    let text = made.config["text_config"].as_object_mut().unwrap();
+    for (key, value) in [
+        ("hidden_size", json!(uint("embedding_length"))),
+        ("hidden_size_per_layer_input", json!(uint("embedding_length_per_layer_input"))),
+        ("intermediate_size", json!(ff[0])),
+        ("use_double_wide_mlp", json!(ff.len() > 1)),
+        ("max_position_embeddings", json!(uint("context_length"))),
+        ("num_attention_heads", json!(uint("attention.head_count"))),
+        ("num_key_value_heads", json!(kv[0])),
+        ("num_global_key_value_heads", json!(kv.get(global).unwrap_or(&kv[0]))),
+        ("attention_k_eq_v", json!(gguf.tensor(&format!("blk.{global}.attn_v.weight")).is_none())),
+        ("num_hidden_layers", json!(sliding.len())),
+        ("num_kv_shared_layers", json!(uint("attention.shared_kv_layers"))),
+        ("head_dim", json!(uint("attention.key_length_swa"))),
+        ("global_head_dim", json!(uint("attention.key_length"))),
+        ("sliding_window", json!(uint("attention.sliding_window"))),
+        ("vocab_size", json!(tokens.len())),
+        ("enable_moe_block", json!(uint("expert_count").is_some())),
+        ("num_experts", json!(uint("expert_count"))),
+        ("top_k_experts", json!(uint("expert_used_count"))),
+        ("moe_intermediate_size", json!(uint("expert_feed_forward_length"))),
+    ] {
+        text.insert(key.into(), value);
+    }
+    let kind = |&sliding: &bool| if sliding { "sliding_attention" } else { "full_attention" };
+    text.insert("layer_types".into(), sliding.iter().map(kind).collect());
+    made.config["tie_word_embeddings"] = true.into();
+    for tensor in gguf.tensors().iter().filter(|tensor| tensor.name != "rope_freqs.weight") {
+        let (layer, own) = match tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            Some((il, own)) => (format!("layers.{il}."), own),
+            None => (String::new(), tensor.name.as_str()),
+        };
+        let (_, name) = roles.iter().find(|(role, _)| *role == own).unwrap_or_else(|| panic!("{own}"));
+        let shape: Vec<usize> = tensor.shape().iter().rev().map(|&n| n as usize).collect();
+        made.add(&format!("{PREFIX}{layer}{name}"), tensor.type_name(), &shape, gguf.bytes(tensor).to_vec());
+    }
+    let marker = |text: &str| gemrun::tokenizer::MARKERS.contains(&text);
+    let added = tokens.iter().enumerate().filter(|(_, text)| marker(text));
+    made.tokenizer["added_tokens"] =
+        added.map(|(id, text)| json!({"id": id, "content": text, "special": true})).collect();
+    made.tokenizer["model"]["vocab"] =
+        tokens.iter().enumerate().map(|(id, text)| (text.clone(), id.into())).collect::<serde_json::Map<_, _>>().into();
+    made.tokenizer["model"]["merges"] = texts("tokenizer.ggml.merges").into();
+    made
+}
+
+#[test]
+fn files_are_those_of_the_reference_converter_and_quantizer() {
+    for model in common::golden::MODELS {
+        let Some(path) = common::golden::path(model, &format!("{model}-bf16.gguf")) else { continue };
+        let reference = Gguf::open(&path).unwrap();
+        let checkpoint = unconverted(&reference);
+        let (f16, report) = converted(&checkpoint, plain(Format::F16));
+        assert_eq!(report.notes, Vec::<String>::new(), "{model}");
+        // Names, shapes, hyper-parameters, vocabulary.
+        let shapes = |gguf: &Gguf| -> BTreeMap<String, Vec<u64>> {
+            gguf.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.shape().to_vec())).collect()
+        };
+        assert_eq!(shapes(&f16), shapes(&reference), "{model}");
+        let freqs = |gguf: &Gguf| gguf.bytes(gguf.tensor("rope_freqs.weight").unwrap()).to_vec();
+        assert_eq!(freqs(&f16), freqs(&reference), "{model}");
+        let compared = |key: &&str| {
+            let other = ["tokenizer.chat_template", "tokenizer.ggml.add_sep_token"].contains(key);
+            !other && (key.starts_with("gemma4.") || key.starts_with("tokenizer."))
+        };
+        let keys: Vec<&str> = reference.metadata().map(|(key, _)| key).filter(compared).collect();
+        assert!(keys.len() > 25);
+        for key in keys {
+            assert_eq!(f16.get(key), reference.get(key), "{model}: {key}");
+        }
+        // Blocks, byte for byte.
+        for (format, name) in [(Format::Q4_0, "q4_0-pure"), (Format::Q8_0, "q8_0")] {
+            if format == Format::Q8_0 && model != "b_dense" {
+                continue; // the others have no such file
+            }
+            let Some(path) = common::golden::path(model, &format!("{model}-{name}.gguf")) else { continue };
+            let (theirs, (ours, _)) = (Gguf::open(&path).unwrap(), converted(&checkpoint, plain(format)));
+            let mut same = 0;
+            for tensor in ours.tensors() {
+                let other = theirs.tensor(&tensor.name).unwrap();
+                let quantized = [tensor, other].map(gemrun::gguf::Tensor::type_name) == [format.name(); 2];
+                if quantized {
+                    assert!(*ours.bytes(tensor) == *theirs.bytes(other), "{model} {name}: {}", tensor.name);
+                }
+                same += usize::from(quantized);
+            }
+            assert!(same > 15, "{model} {name}: {same} tensors compared");
+        }
+    }
+}
+
+#[test]
+fn native_and_stock_files_compute_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    Checkpoint::mobile().write(folder.path());
+    for source in [Some(folder.path().to_path_buf()), golden()].into_iter().flatten() {
+        let file = |options| {
+            let out = folder.path().join("out.gguf");
+            run(&source, &out, Options { overwrite: true, ..options }).unwrap();
+            Gguf::from_bytes("out.gguf", fs::read(&out).unwrap()).unwrap()
+        };
+        let (native, stock) = (file(NATIVE), file(STOCK));
+        let tokens: Vec<u32> = [2].into_iter().chain((0..40).map(|i| 5 + i * 6)).collect();
+        let logits = |gguf: &Gguf| common::run::logits(gguf, &tokens, common::run::INT8);
+        let (native, stock) = (logits(&native), logits(&stock));
+        assert!(native.iter().all(|logit| logit.is_finite()) && native.iter().any(|logit| logit.abs() > 0.01));
+        assert!(native.iter().map(|x| x.to_bits()).eq(stock.iter().map(|x| x.to_bits())), "{}", source.display());
+    }
 }

@@ -17,7 +17,7 @@ const LEVELS: [&[&str]; 11] = [
     &["ops", "kv", "model"],
     &["attend"],
     &["tokenizer", "sample", "forward"],
-    &["template", "channel"],
+    &["template", "channel", "calibrate"],
     &["session", "registry", "convert"],
     &["lib"],
 ];

@@ -229,7 +229,9 @@ impl<'a> Mobile<'a, '_, '_> {
     }
 
     fn scalar(&self, name: &str, good: impl Fn(f32) -> bool, expected: &str) -> Result<f32> {
-        let stored = self.text.checkpoint.exactly(name, Dtype::F32, &[])?;
+        // A number is written without dimensions, or by some as a list of one.
+        let list = self.text.checkpoint.tensor(name)?.shape == [1];
+        let stored = self.text.checkpoint.exactly(name, Dtype::F32, if list { &[1] } else { &[] })?;
         self.text.checkpoint.check_f32s(stored, good, expected)?;
         Ok(self.text.checkpoint.f32s(stored).first().copied().unwrap_or(0.0))
     }
@@ -341,7 +343,8 @@ fn blocks_of_row(format: Format, bits: usize, row: &[u8], scale: f32, out: &mut 
             Format::Q4_0 => {
                 // (n - 8)·s; n is the code of four bits, and six more than the code of two.
                 let shift = if bits == 2 { 6 } else { 0 };
-                let [low, high] = codes::<32>(bits, block).as_chunks::<16>().0 else { continue };
+                let codes: [u8; 32] = codes(bits, block);
+                let (low, high) = codes.split_at(16);
                 let mut packed = [0; 16];
                 for ((packed, low), high) in packed.iter_mut().zip(low).zip(high) {
                     *packed = (low + shift) | (high + shift) << 4;

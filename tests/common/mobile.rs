@@ -69,8 +69,9 @@ impl Golden {
             std::fs::create_dir_all(&folder).unwrap();
             let files = [Target::Native, Target::Stock].map(|target| {
                 let out = folder.join("out.gguf");
-                let options = Options { target: Some(target), ..Options::default() };
-                convert(&self.folder.join("model"), &out, &options, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
+                let options = Options { target: Some(target), overwrite: true, ..Options::default() };
+                convert(&self.folder.join("model"), &out, &options, &mut |_, _| std::ops::ControlFlow::Continue(()))
+                    .unwrap();
                 std::fs::read(out).unwrap()
             });
             std::fs::remove_dir_all(folder).unwrap();
