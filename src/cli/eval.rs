@@ -152,7 +152,7 @@ impl Ppl {
 #[derive(Args)]
 #[command(after_help = "KL is that of MODEL's next-token distribution from MODEL2's, in nats, over all tokens of the \
     text; top1 is how often both find the same token likeliest. Windows as in eval ppl. To compare two ways to compute \
-    one model, name it twice: --act applies to MODEL, --base-act to MODEL2.\n\n\
+    one model, name it twice: --act and --static apply to MODEL, --base-act to MODEL2.\n\n\
     Example: gemrun eval kl e2b --base e2b --base-act float --file story.txt")]
 struct Kl {
     /// Model name or path of a GGUF file

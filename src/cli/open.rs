@@ -125,9 +125,9 @@ impl ActArg {
 }
 
 impl Compute {
-    /// The same with another `--act`.
+    /// The same with another `--act`, and without `--static`.
     pub fn with_act(&self, act: ActArg) -> Compute {
-        Compute { act, ..self.clone() }
+        Compute { act, scales: None, ..self.clone() }
     }
 
     /// The prompt chunk length, if one was asked for.
