@@ -10,8 +10,10 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use common::checkpoint::{self, Checkpoint, PREFIX, Tensor, VOCAB};
+use common::damage::{self, Draw, Rng};
 use gemrun::convert::{Options, Report, Target, convert};
 use gemrun::gguf::{Gguf, Value};
 use gemrun::tokenizer::Tokenizer;
@@ -654,6 +656,70 @@ fn damaged_files_are_refused() {
     for huge in [1_u64 << 40, u64::MAX] {
         assert_eq!(with([&huge.to_le_bytes()[..], &file[8..]].concat()).0, Kind::Invalid);
     }
+}
+
+/// Whatever stands in any of the files, there is a file or a line that says why there is none.
+#[test]
+fn random_damage_is_refused_or_harmless() {
+    let checkpoint = Checkpoint::mobile();
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("model");
+    checkpoint.write(&source);
+    checkpoint.write_parts(&source, 2);
+    let header = {
+        let file = fs::read(source.join("model-00001-of-00002.safetensors")).unwrap();
+        8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize
+    };
+    fs::remove_file(source.join("model.safetensors")).unwrap();
+    let files = [
+        ("config.json", usize::MAX),
+        ("tokenizer.json", usize::MAX),
+        ("tokenizer_config.json", usize::MAX),
+        ("generation_config.json", usize::MAX),
+        ("model.safetensors.index.json", usize::MAX),
+        ("model-00001-of-00002.safetensors", header),
+    ];
+    let (mut rng, start, mut runs, mut made) = (Rng(7), Instant::now(), 0, 0);
+    while start.elapsed() < damage::time() {
+        let (name, end) = files[rng.below(files.len())];
+        let whole = fs::read(source.join(name)).unwrap();
+        let mut bytes = whole.clone();
+        // Well-formed text goes deeper: numbers grow and shrink, words become others, entries go.
+        let place = rng.below(bytes.len().min(end));
+        match rng.below(4) {
+            0 => bytes[place] = rng.next() as u8,
+            1 => drop(bytes.drain(place..(place + 1 + rng.below(30)).min(whole.len()))),
+            2 => {
+                let digits = (place..whole.len()).find(|&at| bytes[at].is_ascii_digit()).unwrap_or(place);
+                let number =
+                    ["0", "-1", "9", "99999999999", "1e999", "null", "[]", "18446744073709551615"][rng.below(8)];
+                bytes.splice(digits..(digits + 1).min(whole.len()), number.bytes());
+            }
+            _ => {
+                let piece = bytes[place..(place + rng.below(60)).min(whole.len())].to_vec();
+                let to = rng.below(whole.len().min(end));
+                bytes.splice(to..to, piece);
+            }
+        }
+        fs::write(source.join(name), &bytes).unwrap();
+        let out = folder.path().join("out.gguf");
+        match run(&source, &out, NATIVE) {
+            Ok(_) => {
+                Gguf::open(&out).unwrap();
+                fs::remove_file(&out).unwrap();
+                made += 1;
+            }
+            Err(error) => {
+                let line = error.to_string();
+                assert!(line.lines().count() == 1 && !line.chars().any(char::is_control), "{line:?}");
+                assert!(!out.exists() && !folder.path().join("out.gguf.part").exists(), "{line}");
+            }
+        }
+        fs::write(source.join(name), &whole).unwrap();
+        runs += 1;
+    }
+    println!("{runs} runs, {made} of them made a file");
+    assert!(runs > 20 && made < runs);
 }
 
 #[test]

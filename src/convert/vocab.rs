@@ -158,9 +158,8 @@ fn tokens(
             _ if SHOWN.contains(&text) => USER_DEFINED,
             _ if MARKERS.contains(&text) => CONTROL,
             Some(true) => CONTROL,
-            Some(false) => USER_DEFINED,
-            None if is_byte(text) => BYTE,
-            None => NORMAL,
+            _ if is_byte(text) => BYTE,
+            _ => NORMAL,
         };
         *slot = Some((text, kind));
     }
