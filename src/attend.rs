@@ -15,6 +15,7 @@
 use std::ops::Range;
 
 use gemrun_simd::Ops;
+use gemrun_simd::vec::nibble_bytes;
 
 use crate::config::LayerConfig;
 use crate::kv::{BLOCK, Kv, Run};
@@ -121,6 +122,8 @@ impl Attention<'_> {
                 match keys {
                     Run::F32(keys) => ops.scores_f32(&mut tile, q, keys),
                     Run::F16(keys) => ops.scores_f16(&mut tile, q, keys),
+                    Run::I8(keys, scale) => ops.scores_i8(&mut tile, q, keys, scale),
+                    Run::I4(keys, scale) => ops.scores_i4(&mut tile, q, keys, scale),
                 }
             }
         });
@@ -135,7 +138,7 @@ impl Attention<'_> {
         // With few tokens the columns are shared out too.
         let most = shared * span * dim / SOME_PRODUCTS;
         let parts = (4 * team.threads()).div_ceil(tokens.len() * kv_heads).min(most).max(1);
-        let width = dim.div_ceil(parts).next_multiple_of(16);
+        let width = dim.div_ceil(parts).next_multiple_of(16); // as nibbles lie
         team.grid(o, dim, shared, width, |heads_here, columns, mut tile| {
             let (t, kv_head) = (heads_here.start / heads, heads_here.start % heads / shared);
             (0..shared).for_each(|line| tile.row(line).fill(0.0));
@@ -147,10 +150,19 @@ impl Attention<'_> {
                 let end = ((start / BLOCK + 1) * BLOCK).min(seen.end);
                 let (_, values) = kv.block(kv_layer, kv_head, start / BLOCK);
                 let weights = &weights[start - origin..];
-                let run = start % BLOCK * dim + columns.start..(end - 1) % BLOCK * dim + columns.end;
+                let (first, last) = (start % BLOCK, (end - 1) % BLOCK);
+                let run = first * dim + columns.start..last * dim + columns.end;
                 match values {
                     Run::F32(values) => ops.weigh_f32(&mut tile, weights, stride, &values[run], dim),
                     Run::F16(values) => ops.weigh_f16(&mut tile, weights, stride, &values[run], dim),
+                    Run::I8(values, scale) => {
+                        ops.weigh_i8(&mut tile, weights, stride, &values[run], &scale[first..=last], dim);
+                    }
+                    Run::I4(values, scale) => {
+                        let row = nibble_bytes(dim);
+                        let run = first * row + nibble_bytes(columns.start)..last * row + nibble_bytes(columns.end);
+                        ops.weigh_i4(&mut tile, weights, stride, &values[run], &scale[first..=last], row);
+                    }
                 }
                 start = end;
             }

@@ -49,8 +49,8 @@ fn a_generated_token_allocates_nothing() {
         let gguf = Gguf::open(&file).unwrap();
         let model = Model::load(&gguf, &Numerics { act: Act::Int8, ..Numerics::default() }).unwrap();
         let tokens = golden::tokens(name, 64);
-        for threads in [1, 2] {
-            let mut state = State::new(&model, KvType::F16, 2 * BLOCK, tokens.len()).unwrap();
+        for (threads, kv) in [(1, KvType::F16), (2, KvType::F16), (2, KvType::Int8), (1, KvType::Mixed)] {
+            let mut state = State::new(&model, kv, 2 * BLOCK, tokens.len()).unwrap();
             Team::new(threads).unwrap().enter(|team| {
                 // The prompt fills a block of the cache; the token after it opens the next one.
                 forward(&model, team, &mut state, &tokens, Want::Last).unwrap();

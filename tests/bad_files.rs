@@ -765,6 +765,57 @@ fn impossible_hyper_parameters_are_refused() {
 }
 
 #[test]
+fn impossible_scales_of_keys_and_values_are_refused() {
+    const GOOD: [(u8, f32, f32); 4] = [(8, 0.03, 0.02), (4, 0.5, 0.0), (0, 0.0, 0.0), (4, 1.0, 1.0)];
+    let mut cases = Cases::default();
+    let mut with = |name, code, words: &[&'static str], change: &dyn Fn(&mut Parts)| {
+        let words: &'static [&'static str] = Box::leak(words.to_vec().into());
+        cases.parts(name, code, words, |f| {
+            f.set_kv_scales(&GOOD);
+            change(f);
+        });
+    };
+    with("a version to come", UNSUPPORTED, &["srq.version", "2"], &|f| f.set_u32("gemma4.srq.version", 2));
+    with("a version in words", INVALID, &["srq.version"], &|f| f.set_str("gemma4.srq.version", "1"));
+    with("another scheme", UNSUPPORTED, &["srq.scheme", "w8a16\\u{1b}"], &|f| {
+        f.set_str("gemma4.srq.scheme", "w8a16\x1b");
+    });
+    with("another way to round", UNSUPPORTED, &["srq.round", "half_away"], &|f| {
+        f.set_str("gemma4.srq.round", "half_away");
+    });
+    with("another range", UNSUPPORTED, &["srq.qmin", "-127"], &|f| {
+        f.set("gemma4.srq.qmin", ty::I32, (-127i32).to_le_bytes());
+    });
+    for key in ["scheme", "round", "qmin", "qmax", "kv.k_scale", "kv.v_scale", "kv.bits"] {
+        with(key, INVALID, &["srq", "missing"], &|f| f.remove(&format!("gemma4.srq.{key}")));
+    }
+    for bits in [0, 2, 7, 9, 255] {
+        with("bits of another number", INVALID, &["srq.kv.bits"], &|f| {
+            f.set("gemma4.srq.kv.bits", ty::ARRAY, raw::array(ty::U8, 4, &[8, bits, 0, 0]));
+        });
+    }
+    for key in ["gemma4.srq.kv.k_scale", "gemma4.srq.kv.v_scale"] {
+        for scale in [-1.0, f32::NAN, f32::INFINITY, -f32::INFINITY, 1e-40, f32::MIN_POSITIVE] {
+            let floats: Vec<u8> = [1.0, scale, 0.0, 0.0].into_iter().flat_map(f32::to_le_bytes).collect();
+            with("a scale that is none", INVALID, &["_scale"], &|f| {
+                f.set(key, ty::ARRAY, raw::array(ty::F32, 4, &floats));
+            });
+        }
+        with("scales of too few layers", INVALID, &["_scale", "4 layers"], &|f| {
+            f.set(key, ty::ARRAY, raw::array(ty::F32, 3, &[0; 12]));
+        });
+        with("scales as integers", INVALID, &["_scale"], &|f| f.set(key, ty::ARRAY, raw::i32s(&[1, 1, 1, 1])));
+        with("one scale for all", INVALID, &["_scale"], &|f| f.set_f32(key, 1.0));
+    }
+    cases.check(&[show, run]);
+
+    // What is not to be refused: shared layers that say nothing of use, scales so large that all becomes 0.
+    let mut parts = base();
+    parts.set_kv_scales(&[(8, f32::MAX, 1e30), (4, 1e-30, f32::MAX), (5, 3.0, 0.0), (8, 1.0, 1.0)]);
+    assert_eq!(works("scales of every size", &parts.bytes(), &[show, run]), Vec::<String>::new());
+}
+
+#[test]
 fn wrong_tensors_are_refused() {
     let mut cases = Cases::default();
     for name in [

@@ -95,7 +95,6 @@ fn exit_codes_and_error_lines() {
              /nonexistent/models/gemma-4-31B_q4_0-it.gguf",
         ),
         (&["show", broken], 5, "broken.gguf: header: does not start with GGUF: expected a GGUF file"),
-        (&["run", "demo", "x", "--kv", "int8"], 6, "kv: int8 is not supported: expected f32 or f16"),
         (&["detokenize", "demo", "2048"], 2, "token id 2048: expected less than 2048, the vocabulary of demo"),
         (
             &["eval", "logits", "demo", "--tokens", "2,2048", "-o", "/nonexistent/x"],

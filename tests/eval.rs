@@ -7,7 +7,8 @@ mod common;
 mod oracle;
 
 use common::run::{self, EXACT, INT8, Way};
-use common::{argmax, golden, kl, npy};
+use common::{argmax, golden, kl, npy, raw_gguf};
+use gemrun::config::Config;
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use std::path::{Path, PathBuf};
@@ -51,12 +52,14 @@ fn windows(model: &Path, ctx: usize) -> Vec<Vec<u32>> {
 #[test]
 fn logits_are_those_of_the_library() {
     let f16 = KvType::F16;
-    let runs: [(&[&str], Way); 5] = [
+    let runs: [(&[&str], Way); 7] = [
         (&["--kv", "f32"], INT8),
         (&["--kv", "f32", "--act", "int8", "--batch", "3", "-t", "2"], INT8),
         (&["--kv", "f32", "--act", "float"], EXACT),
         (&["--kv", "f16", "--batch", "64"], Way { kv: f16, ..INT8 }),
         (&["--kv", "f16", "--batch", "1", "--kernel", "scalar"], Way { kv: f16, ..INT8 }),
+        (&["--kv", "int8"], Way { kv: KvType::Int8, ..INT8 }),
+        (&["--kv", "mixed"], Way { kv: KvType::Mixed, ..INT8 }),
     ];
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("logits");
@@ -73,7 +76,7 @@ fn logits_are_those_of_the_library() {
             seen.push(ours);
         }
         // --act and --kv must have had an effect.
-        assert!(seen[0] != seen[2] && seen[0] != seen[3]);
+        assert!(seen[0] != seen[2] && seen[0] != seen[3] && seen[0] != seen[5] && seen[5] != seen[6]);
     }
 }
 
@@ -127,6 +130,50 @@ fn divergence_between_two_ways() {
     assert!((number("top1") - agree as f64 / divergences.len() as f64).abs() < 1e-12, "{ours}");
     assert!(mean > 1e-4 && number("kl_p99") > mean);
     assert!((number("ppl") / number("ppl_base") - 1.0).abs() < 0.2, "{ours}");
+}
+
+/// Where nothing else is asked for, a file with static scales is run as it was trained; another one is not.
+#[test]
+fn what_a_file_was_trained_with_is_the_default() {
+    let plain = Gguf::open(&kept("a_eseries")).unwrap();
+    let layers = Config::from_gguf(&plain).unwrap().layers;
+    let scales = layers.iter().map(|layer| if layer.sliding { (8, 0.03, 0.02) } else { (4, 0.5, 0.4) });
+    let mut parts = raw_gguf::File::of(&plain);
+    parts.set_kv_scales(&scales.collect::<Vec<_>>());
+    let directory = tempfile::tempdir().unwrap();
+    let (model, out) = (directory.path().join("with-scales.gguf"), directory.path().join("logits"));
+    std::fs::write(&model, parts.bytes()).unwrap();
+    let logits = |model: &Path, flags: &[&str]| {
+        gemrun(command(&["eval", "logits"], model).args(["--tokens", "2,105,9,4,105"]).args(flags).arg("-o").arg(&out));
+        std::fs::read(&out).unwrap()
+    };
+    assert!(logits(&model, &[]) == logits(&model, &["--kv", "mixed"]));
+    assert!(logits(&model, &[]) != logits(&model, &["--kv", "int8"]));
+    assert!(logits(&kept("a_eseries"), &[]) == logits(&kept("a_eseries"), &["--kv", "f32"]));
+    let bench = |model: &Path| {
+        let flags = ["-p", "3", "-n", "0", "-r", "1", "-t", "1", "--no-warmup", "--no-limits", "-o", "json"];
+        let json = gemrun(command(&["bench"], model).args(flags));
+        serde_json::from_str::<serde_json::Value>(&json).unwrap()[0]["kv"].clone()
+    };
+    assert_eq!((bench(&model), bench(&kept("a_eseries"))), ("mixed".into(), "f16".into()));
+}
+
+/// `--base-kv` is for the model compared with, `--kv` for the other.
+#[test]
+fn divergence_between_two_caches() {
+    let text = text_file();
+    let model = kept("a_eseries");
+    let kl = |flags: &[&str]| {
+        let mut command = command(&["eval", "kl"], &model);
+        command.arg("--base").arg(&model).args(["--ctx", "20", "--json", "--file"]).arg(text.path());
+        let json: serde_json::Value = serde_json::from_str(&gemrun(command.args(flags))).unwrap();
+        json["kl_mean"].as_f64().unwrap()
+    };
+    let int8 = kl(&["--kv", "int8", "--base-kv", "f32"]);
+    assert!(int8 > 0.0 && int8 < 0.01, "{int8}");
+    assert!(kl(&["--kv", "mixed", "--base-kv", "f32"]) > int8);
+    assert_eq!(kl(&["--kv", "int8"]), 0.0);
+    assert_eq!(kl(&["--base-kv", "f32"]), 0.0);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod common;
 mod oracle;
 
+use common::raw_gguf;
 use common::run::{self, Way};
 use common::{kl, max_abs_difference, median};
 use gemrun::config::Rope;
@@ -269,4 +270,58 @@ fn f16_cache() {
     let ours = gemrun(&case.file, &case.tokens, Way { kv: KvType::F16, ..EXACT });
     let difference = max_abs_difference(case.trace.logits.concat(), ours);
     assert!((1e-5..0.1).contains(&difference), "{difference:e}");
+}
+
+/// A cache of integers, by static scales and by the largest magnitude: keys and values are rounded once, when they are written,
+/// and all queries read them rounded, that of the same token included.
+///
+/// Where f32 and f64 round one value apart, all that follows changes; so sequences are short and rows are counted.
+#[test]
+fn integer_caches() {
+    /// Tokens of a sequence, and sequences.
+    const LEN: usize = 8;
+    const SEQUENCES: u64 = 12;
+    // Steps as a model would have.
+    let scales = [(8, 0.03, 0.02), (4, 0.5, 0.4), (8, 0.02, 0.03), (4, 0.4, 0.5), (0, 0.0, 0.0)];
+    let spec = Spec { layers: "SFSFS", shared: 1, window: 5, ..Spec::per_layer(22) }.all_in("Q4_0");
+    let file = synth::gguf(&spec);
+    let mut parts = raw_gguf::File::of(&Gguf::from_bytes("synthetic.gguf", file.clone()).unwrap());
+    parts.set_kv_scales(&scales);
+    let with_scales = parts.bytes();
+    let mut oracle = oracle::Model::read(&file);
+    for (file, fixed) in [(&file, false), (&with_scales, true)] {
+        for kv in [KvType::Int8, KvType::Mixed] {
+            oracle.round_kv = Some(Box::new(move |il, sliding, key, x| {
+                let amax = x.iter().fold(0f64, |m, x| m.max(x.abs()));
+                let four = kv == KvType::Mixed && !sliding;
+                let (low, high) = if four { (-8.0, 7.0) } else { (-128.0, 127.0) };
+                let finer = if four || sliding { 1.0 } else { 16.0 };
+                let scale = match (fixed, key) {
+                    (false, _) => amax / high,
+                    (true, true) => f64::from(scales[il].1) / finer,
+                    (true, false) => f64::from(scales[il].2) / finer,
+                };
+                x.iter_mut().for_each(|x| *x = (*x / scale).round_ties_even().clamp(low, high) * scale);
+            }));
+            let (mut close, mut close_without) = (0, 0);
+            for seed in 0..SEQUENCES {
+                let tokens = synth::tokens(&Spec { seed, ..spec.clone() }, LEN);
+                let expected = oracle.trace(&tokens, 0).logits;
+                let count = |kv: KvType, batch: usize| {
+                    let ours = gemrun(file, &tokens, Way { kv, batch, ..EXACT });
+                    let rows = expected.iter().zip(ours.chunks_exact(spec.vocab));
+                    rows.filter(|(a, b)| max_abs_difference(a.iter().copied(), b.iter().copied()) < WORST).count()
+                };
+                close += count(kv, 1 + seed as usize % LEN);
+                close_without += count(KvType::F32, LEN);
+            }
+            let all = SEQUENCES as usize * LEN;
+            println!("{kv:?}, static {fixed}: {close} of {all} rows, {close_without} without rounding");
+            assert!(close >= all * 9 / 10, "{kv:?}, static {fixed}: {close} of {all} rows");
+            assert!(
+                close_without <= all / 10,
+                "{kv:?}, static {fixed}: {close_without} of {all} rows without rounding"
+            );
+        }
+    }
 }

@@ -6,8 +6,9 @@
 mod common;
 mod oracle;
 
-use common::golden;
 use common::run::{self, EXACT, INT8, Way};
+use common::{golden, raw_gguf};
+use gemrun::config::{Config, LayerConfig};
 use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
@@ -76,6 +77,37 @@ fn every_format_on_every_isa() {
                     assert!(bits(isa, batch) == expected, "{} {act:?} {isa:?} in chunks of {batch}", format.name);
                 }
             }
+        }
+    }
+}
+
+/// Integers in the cache, with and without static scales, on every path; each way to store must have bits of its own.
+#[test]
+fn integer_caches_have_the_same_bits() {
+    for (name, ..) in RECORDED {
+        let plain = Gguf::open(&golden::path(name, &format!("{name}-q4_0-pure.gguf")).unwrap()).unwrap();
+        let config = Config::from_gguf(&plain).unwrap();
+        let scales = |layer: &LayerConfig| if layer.sliding { (8, 0.03, 0.02) } else { (4, 0.5, 0.4) };
+        let mut parts = raw_gguf::File::of(&plain);
+        parts.set_kv_scales(&config.layers.iter().map(scales).collect::<Vec<_>>());
+        let fixed = Gguf::from_bytes("with-scales.gguf", parts.bytes()).unwrap();
+        let tokens = golden::tokens(name, 64);
+        let mut all = vec![run::logits(&plain, &tokens, Way { kv: KvType::F16, ..INT8 })];
+        for (gguf, kv) in
+            [(&plain, KvType::Int8), (&plain, KvType::Mixed), (&fixed, KvType::Int8), (&fixed, KvType::Mixed)]
+        {
+            let mut bits = None;
+            for isa in isas() {
+                for (batch, threads) in [(64, 1), (1, 2), (7, 3)] {
+                    let way = Way { kv, batch, threads, isa, ..INT8 };
+                    let found = run::logits(gguf, &tokens, way);
+                    assert!(found == *bits.get_or_insert_with(|| found.clone()), "{name} {way:?}");
+                }
+            }
+            all.extend(bits);
+        }
+        for (i, one) in all.iter().enumerate() {
+            assert!(all[..i].iter().all(|other| one != other), "{name}: {i} is as another");
         }
     }
 }

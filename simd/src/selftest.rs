@@ -13,7 +13,7 @@
 #![forbid(unsafe_code)]
 
 use crate::half::{f16_to_f32, f32_to_f16};
-use crate::vec::KEYS;
+use crate::vec::{KEYS, nibble_bytes};
 use crate::{Acts, ActsBuf, Format, Isa, Kernel, Layout, Ops, Rows, Tile, ops, select};
 
 /// A small generator of pseudo-random numbers (splitmix64): the same numbers from the same seed, everywhere.
@@ -275,6 +275,17 @@ fn scores<T>(
     all
 }
 
+/// The same with a scale for each key.
+fn scores_scaled<T>(
+    n: usize,
+    rng: &mut Rng,
+    values: fn(&mut Rng, usize) -> Vec<T>,
+    f: impl Fn(&mut Tile, &[f32], &[T], &[f32]),
+) -> Vec<f32> {
+    let scale = rng.values(KEYS);
+    scores(n, rng, values, |out, q, keys| f(out, q, keys, &scale))
+}
+
 /// Sums of up to seven lines over 1 to [`KEYS`] positions, of lines of up to 300 dimensions all or all but three.
 fn weigh<T>(
     n: usize,
@@ -334,10 +345,27 @@ pub const FUNCTIONS: &[Function] = &[
     }),
     ("scores_f32", |ops, n, rng| scores(n, rng, |rng, n| rng.values(n), |out, q, k| ops.scores_f32(out, q, k))),
     ("scores_f16", |ops, n, rng| scores(n, rng, halves, |out, q, k| ops.scores_f16(out, q, k))),
+    ("scores_i8", |ops, n, rng| scores_scaled(n, rng, int8s, |out, q, k, scale| ops.scores_i8(out, q, k, scale))),
+    ("scores_i4", |ops, n, rng| scores_scaled(n, rng, nibbles, |out, q, k, scale| ops.scores_i4(out, q, k, scale))),
     ("weigh_f32", |ops, n, rng| {
         weigh(n, rng, |rng, n| rng.values(n), |out, w, stride, v, dim| ops.weigh_f32(out, w, stride, v, dim))
     }),
     ("weigh_f16", |ops, n, rng| weigh(n, rng, halves, |out, w, stride, v, dim| ops.weigh_f16(out, w, stride, v, dim))),
+    ("weigh_i8", |ops, n, rng| {
+        let scale = rng.values(KEYS);
+        weigh(n, rng, int8s, |out, w, stride, v, dim| {
+            ops.weigh_i8(out, w, stride, v, &scale[..v.len().div_ceil(dim)], dim);
+        })
+    }),
+    ("weigh_i4", |ops, n, rng| {
+        let scale = rng.values(KEYS);
+        weigh(n, rng, int8s, |out, w, stride, v, dim| {
+            let row = nibble_bytes(dim);
+            let lines = v.chunks(dim).flat_map(|line| (0..row).map(|at| line[at % line.len()] as u8));
+            let packed: Vec<u8> = lines.collect();
+            ops.weigh_i4(out, w, stride, &packed, &scale[..packed.len() / row], row);
+        })
+    }),
     ("softmax", |ops, n, rng| {
         let mut x = rng.values(n);
         ops.softmax(&mut x);
@@ -363,6 +391,17 @@ pub const FUNCTIONS: &[Function] = &[
         ops.store_f16(&mut out, &rng.values(n));
         out.into_iter().map(f16_to_f32).collect()
     }),
+    ("amax", |ops, n, rng| vec![ops.amax(&rng.values(n))]),
+    ("store_i8", |ops, n, rng| {
+        let x = rng.values(n);
+        let mut out = vec![0; n];
+        let mut all = Vec::new();
+        for (scale, top) in [(0.031, 127), (0.7, 7), (0.0, 7)] {
+            ops.store_i8(&mut out, &x, scale, top);
+            all.extend(out.iter().map(|q| f32::from(*q)));
+        }
+        all
+    }),
     ("quantize", |ops, n, rng| {
         let x = rng.values(n.next_multiple_of(32));
         let (mut q, mut scale, mut sums) = (vec![0; x.len()], vec![0.0; x.len() / 32], vec![0; x.len() / 16]);
@@ -386,6 +425,15 @@ pub const FUNCTIONS: &[Function] = &[
         x
     }),
 ];
+
+fn int8s(rng: &mut Rng, n: usize) -> Vec<i8> {
+    (0..n).map(|_| rng.byte() as i8).collect()
+}
+
+/// Half as many bytes as values.
+fn nibbles(rng: &mut Rng, n: usize) -> Vec<u8> {
+    (0..n / 2).map(|_| rng.byte()).collect()
+}
 
 fn halves(rng: &mut Rng, n: usize) -> Vec<u16> {
     rng.values(n).into_iter().map(f32_to_f16).collect()
@@ -473,7 +521,7 @@ const RECORDED: &[(Format, u64)] = &[
 ];
 
 /// The same for the f32 functions.
-const RECORDED_OPS: u64 = 0xde03_4e64_9ae5_fb79;
+const RECORDED_OPS: u64 = 0xc0c3_5460_6b1c_0116;
 
 #[cfg(test)]
 mod tests {

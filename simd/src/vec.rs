@@ -95,33 +95,99 @@ pub(crate) trait Native {
     fn tree(lanes: [f32; LANES]) -> f32;
 }
 
-/// What keys and values may be stored as.
-trait Element: Copy {
-    fn load<H: Native>(x: &[Self; 8]) -> [f32; 8];
-    fn single(self) -> f32;
-}
-
-impl Element for f32 {
+/// Sixteen keys or values as they may be stored.
+trait Sixteen: Copy {
+    /// What they are made of.
+    type Part: Copy;
+    fn of(parts: &[Self::Part]) -> &[Self];
+    fn load<H: Native>(&self) -> [[f32; 8]; 2];
+    /// Value `at` of a row.
+    fn single(row: &[Self::Part], at: usize) -> f32;
+    /// How many parts make up a row of `len` values.
     #[inline(always)]
-    fn load<H: Native>(x: &[f32; 8]) -> [f32; 8] {
-        *x
-    }
-    #[inline(always)]
-    fn single(self) -> f32 {
-        self
+    fn parts(len: usize) -> usize {
+        len
     }
 }
 
-/// Bits of an IEEE half.
-impl Element for u16 {
+impl Sixteen for [f32; 16] {
+    type Part = f32;
     #[inline(always)]
-    fn load<H: Native>(x: &[u16; 8]) -> [f32; 8] {
-        H::load(x)
+    fn of(parts: &[f32]) -> &[Self] {
+        parts.as_chunks().0
     }
     #[inline(always)]
-    fn single(self) -> f32 {
-        f16_to_f32(self)
+    fn load<H: Native>(&self) -> [[f32; 8]; 2] {
+        let x = self.as_chunks().0;
+        [x[0], x[1]]
     }
+    #[inline(always)]
+    fn single(row: &[f32], at: usize) -> f32 {
+        row[at]
+    }
+}
+
+/// Bits of IEEE halves.
+impl Sixteen for [u16; 16] {
+    type Part = u16;
+    #[inline(always)]
+    fn of(parts: &[u16]) -> &[Self] {
+        parts.as_chunks().0
+    }
+    #[inline(always)]
+    fn load<H: Native>(&self) -> [[f32; 8]; 2] {
+        let x = self.as_chunks().0;
+        [H::load(&x[0]), H::load(&x[1])]
+    }
+    #[inline(always)]
+    fn single(row: &[u16], at: usize) -> f32 {
+        f16_to_f32(row[at])
+    }
+}
+
+impl Sixteen for [i8; 16] {
+    type Part = i8;
+    #[inline(always)]
+    fn of(parts: &[i8]) -> &[Self] {
+        parts.as_chunks().0
+    }
+    #[inline(always)]
+    fn load<H: Native>(&self) -> [[f32; 8]; 2] {
+        let x = self.as_chunks::<8>().0;
+        [each(|i| x[0][i] as f32), each(|i| x[1][i] as f32)]
+    }
+    #[inline(always)]
+    fn single(row: &[i8], at: usize) -> f32 {
+        row[at] as f32
+    }
+}
+
+/// Nibbles, in two's complement: of sixteen, the first eight in the low halves of the bytes, the others in the high ones.
+impl Sixteen for [u8; 8] {
+    type Part = u8;
+    #[inline(always)]
+    fn of(parts: &[u8]) -> &[Self] {
+        parts.as_chunks().0
+    }
+    #[inline(always)]
+    fn load<H: Native>(&self) -> [[f32; 8]; 2] {
+        let wide: [i32; 8] = each(|i| self[i] as i8 as i32);
+        [each(|i| (wide[i] << 28 >> 28) as f32), each(|i| (wide[i] >> 4) as f32)]
+    }
+    #[inline(always)]
+    fn single(row: &[u8], at: usize) -> f32 {
+        let byte = row[at / 16 * 8 + at % 8] as i8;
+        (if at % 16 < 8 { byte << 4 >> 4 } else { byte >> 4 }) as f32
+    }
+    #[inline(always)]
+    fn parts(len: usize) -> usize {
+        nibble_bytes(len)
+    }
+}
+
+/// Bytes of a row of `len` values stored as nibbles: whole sixteens.
+pub const fn nibble_bytes(len: usize) -> usize {
+    len.div_ceil(16) * 8
 }
 
 struct Software;
@@ -252,28 +318,30 @@ mod body {
         }
     }
 
-    /// Scores of `R` queries against [`KEYS`] keys, eight times `V` keys in lanes.
+    /// Scores of `R` queries against [`KEYS`] keys, sixteen times `V` keys in lanes.
     ///
     /// The sums of single lanes come in the order in which the tree adds them, so that few are kept: `partial[i]` is the sum
     /// of 2^i lanes, waiting for the next 2^i, as a carry waits in a binary counter.
     #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
     #[inline(always)]
-    fn scores<H: Native, T: Element, const R: usize, const V: usize>(out: &mut Tile, q: &[f32], keys: &[T]) {
-        for group in 0..KEYS / (8 * V) {
-            let (mut q, mut keys) = (q.as_chunks::<R>().0, keys.as_chunks::<KEYS>().0);
+    fn scores<H: Native, T: Sixteen, const R: usize, const V: usize>(out: &mut Tile, q: &[f32], keys: &[T]) {
+        for group in 0..KEYS / (16 * V) {
+            let (mut q, mut keys) = (q.as_chunks::<R>().0, keys.as_chunks::<{ KEYS / 16 }>().0);
             let dim = q.len();
-            let mut partial = [[[[0.0; 8]; V]; R]; LANES.ilog2() as usize + 1];
+            let mut partial = [[[[[0.0; 8]; 2]; V]; R]; LANES.ilog2() as usize + 1];
             for turn in 0..LANES {
                 let n = lane_len(dim, lane_in_turn(turn));
                 let ((q_lane, q_rest), (k_lane, k_rest)) = (q.split_at(n), keys.split_at(n));
                 (q, keys) = (q_rest, k_rest);
-                let mut acc = [[[0f32; 8]; V]; R];
+                let mut acc = [[[[0f32; 8]; 2]; V]; R];
                 for (q, k) in q_lane.iter().zip(k_lane) {
                     for v in 0..V {
-                        let k = T::load::<H>(&k.as_chunks().0[group * V + v]);
+                        let k = k[group * V + v].load::<H>();
                         for r in 0..R {
-                            for i in 0..8 {
-                                acc[r][v][i] = q[r].mul_add(k[i], acc[r][v][i]);
+                            for half in 0..2 {
+                                for i in 0..8 {
+                                    acc[r][v][half][i] = q[r].mul_add(k[half][i], acc[r][v][half][i]);
+                                }
                             }
                         }
                     }
@@ -282,8 +350,10 @@ mod body {
                 while turn >> level & 1 == 1 {
                     for r in 0..R {
                         for v in 0..V {
-                            for i in 0..8 {
-                                acc[r][v][i] += partial[level][r][v][i];
+                            for half in 0..2 {
+                                for i in 0..8 {
+                                    acc[r][v][half][i] += partial[level][r][v][half][i];
+                                }
                             }
                         }
                     }
@@ -292,93 +362,130 @@ mod body {
                 partial[level] = acc;
             }
             for (r, sums) in partial[LANES.ilog2() as usize].iter().enumerate() {
-                out.row(r)[8 * V * group..][..8 * V].copy_from_slice(sums.as_flattened());
+                let sums = sums.as_flattened().as_flattened();
+                out.row(r)[16 * V * group..][..16 * V].copy_from_slice(sums);
             }
         }
     }
 
     #[inline(always)]
-    fn all_scores<H: Native, T: Element>(out: &mut Tile, q: &[f32], keys: &[T]) {
-        let (lines, dim) = (out.tokens(), keys.len() / KEYS);
-        assert!(out.rows() == KEYS && q.len() == lines * dim && keys.len() == dim * KEYS);
+    fn all_scores<H: Native, T: Sixteen>(out: &mut Tile, q: &[f32], keys: &[T::Part]) {
+        let keys = T::of(keys);
+        let (lines, dim) = (out.tokens(), keys.len() / (KEYS / 16));
+        assert!(out.rows() == KEYS && q.len() == lines * dim && keys.len() == dim * (KEYS / 16));
         match lines {
-            4 => scores::<H, T, 4, 2>(out, q, keys),
-            2 => scores::<H, T, 2, 4>(out, q, keys),
-            1 => scores::<H, T, 1, 4>(out, q, keys),
+            4 => scores::<H, T, 4, 1>(out, q, keys),
+            2 => scores::<H, T, 2, 2>(out, q, keys),
+            1 => scores::<H, T, 1, 2>(out, q, keys),
             _ => panic!("{lines} queries: expected 1, 2 or 4"),
         }
     }
 
     #[inline(always)]
     pub fn scores_f32<H: Native>(out: &mut Tile, q: &[f32], keys: &[f32]) {
-        all_scores::<H, _>(out, q, keys);
+        all_scores::<H, [f32; 16]>(out, q, keys);
     }
 
     #[inline(always)]
     pub fn scores_f16<H: Native>(out: &mut Tile, q: &[f32], keys: &[u16]) {
-        all_scores::<H, _>(out, q, keys);
+        all_scores::<H, [u16; 16]>(out, q, keys);
     }
 
-    /// Lines `first .. first + R` of the weighted sums, eight times `V` columns at a time.
+    #[inline(always)]
+    pub fn scores_i8<H: Native>(out: &mut Tile, q: &[f32], keys: &[i8], scale: &[f32]) {
+        all_scores::<H, [i8; 16]>(out, q, keys);
+        scale_scores(out, scale);
+    }
+
+    #[inline(always)]
+    pub fn scores_i4<H: Native>(out: &mut Tile, q: &[f32], keys: &[u8], scale: &[f32]) {
+        all_scores::<H, [u8; 8]>(out, q, keys);
+        scale_scores(out, scale);
+    }
+
+    #[inline(always)]
+    fn scale_scores(out: &mut Tile, scale: &[f32]) {
+        assert_eq!(scale.len(), KEYS);
+        for r in 0..out.tokens() {
+            for (score, scale) in out.row(r).iter_mut().zip(scale) {
+                *score *= scale;
+            }
+        }
+    }
+
+    /// Lines `first .. first + R` of the weighted sums, sixteen times `V` columns at a time. Rows of values are `dim` parts
+    /// apart.
     #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
     #[inline(always)]
-    fn weigh<H: Native, T: Element, const R: usize, const V: usize>(
+    fn weigh<H: Native, T: Sixteen, const R: usize, const V: usize>(
         out: &mut Tile,
         first: usize,
-        weights: &[f32],
-        stride: usize,
-        values: &[T],
+        (weights, stride, scale): (&[f32], usize, Option<&[f32]>),
+        values: &[T::Part],
         dim: usize,
     ) {
         let (width, positions) = (out.rows(), values.len().div_ceil(dim));
         let mut w = [[0.0; KEYS]; R];
         for (r, w) in w.iter_mut().enumerate() {
             w[..positions].copy_from_slice(&weights[(first + r) * stride..][..positions]);
+            for (w, scale) in w.iter_mut().zip(scale.unwrap_or_default()) {
+                *w *= scale;
+            }
         }
-        let vectors = width / (8 * V) * 8 * V;
-        for column in (0..vectors).step_by(8 * V) {
-            let mut acc = [[[0f32; 8]; V]; R];
+        let vectors = width / (16 * V) * 16 * V;
+        for column in (0..vectors).step_by(16 * V) {
+            let mut acc = [[[[0f32; 8]; 2]; V]; R];
             for (r, acc) in acc.iter_mut().enumerate() {
-                acc.as_flattened_mut().copy_from_slice(&out.row(first + r)[column..][..8 * V]);
+                let acc = acc.as_flattened_mut().as_flattened_mut();
+                acc.copy_from_slice(&out.row(first + r)[column..][..16 * V]);
             }
             for p in 0..positions.min(KEYS) {
-                let values = &values[p * dim + column..][..8 * V];
+                let values = T::of(&values[p * dim + T::parts(column)..][..T::parts(16 * V)]);
                 for v in 0..V {
-                    let values = T::load::<H>(&values.as_chunks().0[v]);
+                    let values = values[v].load::<H>();
                     for r in 0..R {
-                        for i in 0..8 {
-                            acc[r][v][i] = w[r][p].mul_add(values[i], acc[r][v][i]);
+                        for half in 0..2 {
+                            for i in 0..8 {
+                                acc[r][v][half][i] = w[r][p].mul_add(values[half][i], acc[r][v][half][i]);
+                            }
                         }
                     }
                 }
             }
             for (r, acc) in acc.iter().enumerate() {
-                out.row(first + r)[column..][..8 * V].copy_from_slice(acc.as_flattened());
+                let acc = acc.as_flattened().as_flattened();
+                out.row(first + r)[column..][..16 * V].copy_from_slice(acc);
             }
         }
         for (r, w) in w.iter().enumerate() {
             for (column, out) in out.row(first + r).iter_mut().enumerate().skip(vectors) {
                 for p in 0..positions.min(KEYS) {
-                    *out = w[p].mul_add(T::single(values[p * dim + column]), *out);
+                    *out = w[p].mul_add(T::single(&values[p * dim..], column), *out);
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn all_weigh<H: Native, T: Element>(out: &mut Tile, weights: &[f32], stride: usize, values: &[T], dim: usize) {
+    fn all_weigh<H: Native, T: Sixteen>(
+        out: &mut Tile,
+        weights: (&[f32], usize, Option<&[f32]>),
+        values: &[T::Part],
+        dim: usize,
+    ) {
         let (lines, width) = (out.tokens(), out.rows());
         if values.is_empty() {
             return;
         }
-        let positions = values.len().div_ceil(dim);
-        assert!(positions <= KEYS && width <= dim && values.len() >= (positions - 1) * dim + width);
+        let (positions, row) = (values.len().div_ceil(dim), T::parts(width));
+        assert!(positions <= KEYS && row <= dim && values.len() >= (positions - 1) * dim + row);
+        assert!(weights.2.is_none_or(|scale| scale.len() == positions));
         let mut line = 0;
         while line < lines {
             match lines - line {
-                4.. => weigh::<H, T, 4, 2>(out, line, weights, stride, values, dim),
-                2.. => weigh::<H, T, 2, 4>(out, line, weights, stride, values, dim),
-                _ => weigh::<H, T, 1, 4>(out, line, weights, stride, values, dim),
+                4.. => weigh::<H, T, 4, 1>(out, line, weights, values, dim),
+                2.. => weigh::<H, T, 2, 2>(out, line, weights, values, dim),
+                _ => weigh::<H, T, 1, 2>(out, line, weights, values, dim),
             }
             line += match lines - line {
                 4.. => 4,
@@ -390,12 +497,36 @@ mod body {
 
     #[inline(always)]
     pub fn weigh_f32<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[f32], dim: usize) {
-        all_weigh::<H, _>(out, weights, stride, values, dim);
+        all_weigh::<H, [f32; 16]>(out, (weights, stride, None), values, dim);
     }
 
     #[inline(always)]
     pub fn weigh_f16<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[u16], dim: usize) {
-        all_weigh::<H, _>(out, weights, stride, values, dim);
+        all_weigh::<H, [u16; 16]>(out, (weights, stride, None), values, dim);
+    }
+
+    #[inline(always)]
+    pub fn weigh_i8<H: Native>(
+        out: &mut Tile,
+        weights: &[f32],
+        stride: usize,
+        values: &[i8],
+        scale: &[f32],
+        dim: usize,
+    ) {
+        all_weigh::<H, [i8; 16]>(out, (weights, stride, Some(scale)), values, dim);
+    }
+
+    #[inline(always)]
+    pub fn weigh_i4<H: Native>(
+        out: &mut Tile,
+        weights: &[f32],
+        stride: usize,
+        values: &[u8],
+        scale: &[f32],
+        row: usize,
+    ) {
+        all_weigh::<H, [u8; 8]>(out, (weights, stride, Some(scale)), values, row);
     }
 
     /// The largest element; NaN is passed over; −∞ if there is none.
@@ -473,6 +604,29 @@ mod body {
         }
         for (o, x) in out_tail.iter_mut().zip(x_tail) {
             *o = f32_to_f16(*x);
+        }
+    }
+
+    #[inline(always)]
+    pub fn amax<H: Native>(x: &[f32]) -> f32 {
+        // As bits, so that infinity and NaN win over every number.
+        let mut top = 0;
+        for x in x {
+            top = top.max(x.to_bits() & 0x7fff_ffff);
+        }
+        f32::from_bits(top)
+    }
+
+    #[inline(always)]
+    pub fn store_i8<H: Native>(out: &mut [i8], x: &[f32], scale: f32, top: i8) {
+        assert_eq!(out.len(), x.len());
+        let (low, high) = (-1.0 - top as f32, top as f32);
+        for (q, x) in out.iter_mut().zip(x) {
+            let y = x / scale;
+            // Comparisons that NaN fails; the additions round.
+            let above = if y > low { y } else { low };
+            let c = if above < high { above } else { high };
+            *q = (c + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8;
         }
     }
 
@@ -660,11 +814,26 @@ macro_rules! functions {
             fn scores_f32(out: &mut Tile<'_>, q: &[f32], keys: &[f32]);
             /// `scores_f32` with the keys as bits of IEEE halves.
             fn scores_f16(out: &mut Tile<'_>, q: &[f32], keys: &[u16]);
+            /// `scores_f32` with keys int8 · `scale`, one scale for each of the [`KEYS`] keys, by which its scores are multiplied
+            /// last.
+            fn scores_i8(out: &mut Tile<'_>, q: &[f32], keys: &[i8], scale: &[f32]);
+            /// `scores_i8` with the integers of a dimension as nibbles in two's complement: of sixteen keys the first eight in
+            /// the low halves of eight bytes, the others in the high ones.
+            fn scores_i4(out: &mut Tile<'_>, q: &[f32], keys: &[u8], scale: &[f32]);
             /// out[r] = fma(weights[r][p], values[p], out[r]) for each position p in order. Lines of `weights` are `stride`
             /// apart, those of `values` `dim`, at most [`KEYS`] of them, the last as short as out's.
             fn weigh_f32(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[f32], dim: usize);
             /// `weigh_f32` with the values as bits of IEEE halves.
             fn weigh_f16(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u16], dim: usize);
+            /// `weigh_f32` with values int8 · `scale`, one scale for each position, by which its weights are multiplied first.
+            fn weigh_i8(
+                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[i8], scale: &[f32], dim: usize
+            );
+            /// `weigh_i8` with the integers as nibbles, in rows of `row` bytes, see [`nibble_bytes`]; sixteen columns lie as the
+            /// keys of `scores_i4`. The first column of `out` is the first of such sixteen.
+            fn weigh_i4(
+                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u8], scale: &[f32], row: usize
+            );
             /// x = exp(x − max x) / Σ exp(x − max x). A NaN makes all of them NaN.
             fn softmax(x: &mut [f32]);
             /// gate = gelu(gate)·up, gelu(x) = 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))).
@@ -676,6 +845,10 @@ macro_rules! functions {
             fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
             /// Rounds to the nearest half, ties to even; beyond ±65504 saturates; keeps NaN.
             fn store_f16(out: &mut [u16], x: &[f32]);
+            /// The largest magnitude; infinite or NaN if one is.
+            fn amax(x: &[f32]) -> f32;
+            /// out = x/scale rounded half to even, within −top−1..=top; the division is that of f32.
+            fn store_i8(out: &mut [i8], x: &[f32], scale: f32, top: i8);
             /// int8 activations, see [`crate::acts`]: `q` as long as `x`, one `scale` for 32, one sum for 16.
             fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]);
             /// q = x/scale rounded half to even, within −128..=127; the division is that of f32. One sum for 16. False if

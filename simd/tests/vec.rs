@@ -4,7 +4,7 @@ mod common;
 
 use common::{Rng, same};
 use gemrun_simd::half::{f16_to_f32, f32_to_f16};
-use gemrun_simd::vec::KEYS;
+use gemrun_simd::vec::{KEYS, nibble_bytes};
 use gemrun_simd::{ActsBuf, Isa, Tile, Tiles, ops, selftest, vec};
 
 /// Every function on every supported ISA for lengths around the 8 of a vector, the 32 lanes, and beyond.
@@ -197,6 +197,100 @@ fn attention_against_plain_loops() {
                 assert_eq!(whole, parts, "{}: {queries} queries, {dim} dimensions", isa.name());
             }
         }
+    }
+}
+
+/// Rows of integers as nibbles.
+fn packed(rows: &[i8], len: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for row in rows.chunks(len) {
+        let at = bytes.len();
+        bytes.resize(at + nibble_bytes(len), 0);
+        for (i, q) in row.iter().enumerate() {
+            bytes[at + i / 16 * 8 + i % 8] |= (*q as u8 & 15) << (i % 16 / 8 * 4);
+        }
+    }
+    bytes
+}
+
+/// Integers are widened exactly: they give the bits of the same numbers as f32. Their scales multiply scores last and
+/// weights first.
+#[test]
+fn integers_are_as_good_as_f32() {
+    let mut rng = Rng(10);
+    for (dim, queries) in [(1, 1), (7, 2), (8, 4), (16, 1), (40, 2), (64, 4), (100, 1), (256, 2), (512, 4)] {
+        for bits in [8, 4] {
+            // As many of every integer as of another, the lowest included.
+            let integers: Vec<i8> = (0..dim * KEYS).map(|_| rng.byte() as i8 >> (8 - bits)).collect();
+            let plain: Vec<f32> = integers.iter().map(|q| f32::from(*q)).collect();
+            let q = rng.values(queries * dim);
+            let weights = rng.values(queries * KEYS);
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+                let ops = ops(isa);
+                for scale in [vec![1.0; KEYS], rng.values(KEYS)] {
+                    let what = format!("{}: int{bits}, {queries} queries, {dim} dimensions", isa.name());
+                    let (mut got, mut want) = (vec![0.0; queries * KEYS], vec![0.0; queries * KEYS]);
+                    let mut tile = Tile::whole(&mut got, KEYS);
+                    match bits {
+                        8 => ops.scores_i8(&mut tile, &q, &integers, &scale),
+                        _ => ops.scores_i4(&mut tile, &q, &packed(&integers, KEYS), &scale),
+                    }
+                    ops.scores_f32(&mut Tile::whole(&mut want, KEYS), &q, &plain);
+                    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                        assert!(same(*got, want * scale[i % KEYS]), "{what}: score {i}");
+                    }
+
+                    // Positions from `first` on, and columns from a third on: their beginnings are those of sixteen.
+                    for (first, column) in [(0, 0), (17, dim / 3 / 16 * 16)] {
+                        let (width, last) = (dim - column, KEYS - 3);
+                        let (mut got, mut want) = (vec![0.5; queries * width], vec![0.5; queries * width]);
+                        let mut tile = Tile::whole(&mut got, width);
+                        let (w, scale) = (&weights[first..], &scale[first..=last]);
+                        let run = first * dim + column..last * dim + dim;
+                        match bits {
+                            8 => ops.weigh_i8(&mut tile, w, KEYS, &integers[run.clone()], scale, dim),
+                            _ => {
+                                let row = nibble_bytes(dim);
+                                let run = first * row + nibble_bytes(column)..last * row + row;
+                                ops.weigh_i4(&mut tile, w, KEYS, &packed(&integers, dim)[run], scale, row);
+                            }
+                        }
+                        let scaled = |line: usize| w[line * KEYS..].iter().zip(scale).map(|(w, scale)| w * scale);
+                        let scaled: Vec<f32> = (0..queries).flat_map(scaled).collect();
+                        ops.weigh_f32(&mut Tile::whole(&mut want, width), &scaled, scale.len(), &plain[run], dim);
+                        assert!(got.iter().zip(&want).all(|(got, want)| same(*got, *want)), "{what}: sums");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn integers_are_the_nearest_ties_to_even() {
+    let x = [0.5, 1.5, -0.5, -1.5, 2.500001, 126.6, 127.5, 1e9, -127.5, -128.5, -1e9, 1e-40, -0.0];
+    let q = [0, 2, 0, -2, 3, 127, 127, 127, -128, -128, -128, 0, 0];
+    let mut rng = Rng(11);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+        let ops = ops(isa);
+        for scale in [1.0, 0.25, 4.0] {
+            let mut out = [0; 13];
+            ops.store_i8(&mut out, &x.map(|x| x * scale), scale, 127);
+            assert_eq!(out, q, "{}: {scale}", isa.name());
+            ops.store_i8(&mut out, &x.map(|x| x * scale), scale, 7);
+            assert_eq!(out, q.map(|q| q.clamp(-8, 7)), "{}: {scale}", isa.name());
+        }
+        for n in [1, 31, 100] {
+            let (x, mut out) = (rng.values(n), vec![0; n]);
+            let amax = ops.amax(&x);
+            assert_eq!(amax, x.iter().fold(0f32, |m, x| m.max(x.abs())));
+            let scale = amax / 127.0;
+            ops.store_i8(&mut out, &x, scale, 127);
+            let nearest = |x: &f32| (x / scale).round_ties_even() as i8;
+            assert!(out.iter().all(|q| *q != -128) && out.iter().copied().eq(x.iter().map(nearest)), "{}", isa.name());
+        }
+        assert!(ops.amax(&[1.0, f32::INFINITY]).is_infinite() && ops.amax(&[f32::NAN, f32::INFINITY]).is_nan());
+        assert_eq!(ops.amax(&[]), 0.0);
     }
 }
 

@@ -131,16 +131,17 @@ const TIME: Duration = Duration::from_millis(700);
 
 impl Bench {
     pub fn run(self) -> Result {
-        let (kv, batch) = (self.compute.kv(KvType::F16)?, self.compute.batch()?);
+        let batch = self.compute.batch()?;
         if !(1..=1000).contains(&self.repetitions) {
             return Err(Error::usage(format!("repetitions: {}: expected 1 to 1000", self.repetitions)).into());
         }
         let threads = if self.threads.is_empty() { vec![default_threads()] } else { self.threads.clone() };
         threads.iter().try_for_each(|&threads| check_threads(threads).map(drop))?;
         let tests = self.tests(&threads);
-        let programs = self.programs(kv)?;
         let load_average = machine::load_average();
         let loaded = self.compute.load(&self.model)?;
+        let kv = self.compute.kv(&loaded.model.config, KvType::F16);
+        let programs = self.programs(kv)?;
         let batch = batch.unwrap_or(loaded.model.batch());
         let longest = tests.iter().map(|test| test.depth.saturating_add(test.tokens())).max().unwrap_or(0);
         let trained = loaded.model.config.context;
@@ -219,7 +220,7 @@ impl Bench {
             if programs.iter().any(|program| program.name == other.name) {
                 return Err(Error::usage(format!("--vs: {}: expected a name of its own for each program", other.name)));
             }
-            programs.push(Program::other(other, &file, kv.name())?);
+            programs.push(Program::other(other, &file, kv)?);
         }
         Ok(programs)
     }

@@ -20,7 +20,7 @@ use gemrun::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::open::{ActArg, Compute, Loaded, Threads};
+use super::open::{ActArg, Compute, KvArg, Loaded, Threads};
 use super::{Result, text};
 
 /// Measure what a model computes: raw logits, perplexity, divergence
@@ -152,7 +152,7 @@ impl Ppl {
 #[derive(Args)]
 #[command(after_help = "KL is that of MODEL's next-token distribution from MODEL2's, in nats, over all tokens of the \
     text; top1 is how often both find the same token likeliest. Windows as in eval ppl. To compare two ways to compute \
-    one model, name it twice: --act and --static apply to MODEL, --base-act to MODEL2.\n\n\
+    one model, name it twice: --act, --kv and --static apply to MODEL, --base-act and --base-kv to MODEL2.\n\n\
     Example: gemrun eval kl e2b --base e2b --base-act float --file story.txt")]
 struct Kl {
     /// Model name or path of a GGUF file
@@ -163,6 +163,9 @@ struct Kl {
     /// As --act, for MODEL2
     #[arg(long, value_name = "MODE", default_value = "auto")]
     base_act: ActArg,
+    /// As --kv, for MODEL2 [default: what --kv says]
+    #[arg(long, value_name = "TYPE")]
+    base_kv: Option<KvArg>,
     /// The text; - is standard input
     #[arg(long, value_name = "TEXT")]
     file: PathBuf,
@@ -182,7 +185,7 @@ impl Kl {
     fn run(self) -> Result {
         let text = text::from_file(&self.file)?;
         let mut runner = Runner::new(&self.model, &self.threads, &self.compute)?;
-        let base_compute = self.compute.with_act(self.base_act);
+        let base_compute = self.compute.with(self.base_act, self.base_kv);
         let mut base = Runner::new(&self.base, &self.threads, &base_compute)?;
         let tokens = runner.tokens(&text, self.ctx, &self.file)?;
         if tokens != base.tokens(&text, self.ctx, &self.file)? || runner.vocab() != base.vocab() {
@@ -236,14 +239,15 @@ impl Kl {
 struct Runner {
     loaded: Loaded,
     team: Team,
-    kv: gemrun::kv::KvType,
+    kv: KvType,
     batch: usize,
 }
 
 impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
-        let (kv, batch, threads) = (compute.kv(KvType::F32)?, compute.batch()?, threads.count()?);
+        let (batch, threads) = (compute.batch()?, threads.count()?);
         let loaded = compute.load(model)?;
+        let kv = compute.kv(&loaded.model.config, KvType::F32);
         let batch = batch.unwrap_or(loaded.model.batch());
         Ok(Runner { loaded, team: Team::new(threads)?, kv, batch })
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::calibrate;
+use gemrun::config::Config;
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
@@ -67,7 +68,7 @@ impl KernelName {
 pub struct Compute {
     #[command(flatten)]
     kernel: KernelName,
-    /// How the cache stores keys and values; f16 rounds them and halves its size [default: f16; for eval f32]
+    /// How the cache stores keys and values [default: mixed if the file has scales for it, else f16, for eval f32]
     #[arg(long, value_name = "TYPE")]
     kv: Option<KvArg>,
     /// What activations become before a matrix product: auto is what the file was made for, float the slow reference
@@ -86,12 +87,10 @@ pub struct Compute {
 
 /// `--kv`.
 #[derive(Clone, Copy, ValueEnum)]
-enum KvArg {
+pub enum KvArg {
     F32,
     F16,
-    #[value(hide = true)]
     Int8,
-    #[value(hide = true)]
     Mixed,
 }
 
@@ -125,9 +124,9 @@ impl ActArg {
 }
 
 impl Compute {
-    /// The same with another `--act`, and without `--static`.
-    pub fn with_act(&self, act: ActArg) -> Compute {
-        Compute { act, scales: None, ..self.clone() }
+    /// The same with another `--act`, another `--kv` if there is one, and without `--static`.
+    pub fn with(&self, act: ActArg, kv: Option<KvArg>) -> Compute {
+        Compute { act, kv: kv.or(self.kv), scales: None, ..self.clone() }
     }
 
     /// The prompt chunk length, if one was asked for.
@@ -138,16 +137,16 @@ impl Compute {
         }
     }
 
-    /// The cache's element type; `usual` where none is asked for.
-    pub fn kv(&self, usual: KvType) -> Result<KvType> {
-        let word = match self.kv {
-            None => return Ok(usual),
-            Some(KvArg::F32) => return Ok(KvType::F32),
-            Some(KvArg::F16) => return Ok(KvType::F16),
-            Some(KvArg::Int8) => "int8",
-            Some(KvArg::Mixed) => "mixed",
-        };
-        Err(Error::unsupported(format!("kv: {word} is not supported: expected f32 or f16")))
+    /// How the cache stores keys and values. Where nothing is asked for, as the model was trained, else `usual`.
+    pub fn kv(&self, config: &Config, usual: KvType) -> KvType {
+        match self.kv {
+            None if config.srq.is_some() => KvType::Mixed,
+            None => usual,
+            Some(KvArg::F32) => KvType::F32,
+            Some(KvArg::F16) => KvType::F16,
+            Some(KvArg::Int8) => KvType::Int8,
+            Some(KvArg::Mixed) => KvType::Mixed,
+        }
     }
 
     /// These options as arguments of a command line.

@@ -109,7 +109,7 @@ impl Run {
         if self.raw && prompt.is_none() {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
-        let (kv, batch, threads) = (self.compute.kv(KvType::F16)?, self.compute.batch()?, self.threads.count()?);
+        let (batch, threads) = (self.compute.batch()?, self.threads.count()?);
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
 
@@ -120,7 +120,7 @@ impl Run {
         let options = Options {
             context,
             batch,
-            kv,
+            kv: self.compute.kv(&loaded.model.config, KvType::F16),
             threads,
             sampling,
             ignore_stops: self.ignore_eos,

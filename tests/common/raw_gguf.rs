@@ -139,6 +139,33 @@ impl File {
         self.set(key, ty::F32, value.to_le_bytes());
     }
 
+    /// Static scales: none for activations, and bits and scales of each layer's keys and values.
+    pub fn set_kv_scales(&mut self, layers: &[(u8, f32, f32)]) {
+        let floats = |values: &mut dyn Iterator<Item = f32>| -> Vec<u8> {
+            let values: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+            array(ty::F32, values.len() as u64 / 4, &values)
+        };
+        let key = |name: &str| format!("gemma4.srq.{name}");
+        self.set_u32(&key("version"), 1);
+        self.set_str(&key("scheme"), "wna8o8");
+        self.set_str(&key("round"), "half_even");
+        self.set(&key("qmin"), ty::I32, (-128i32).to_le_bytes());
+        self.set(&key("qmax"), ty::I32, 127i32.to_le_bytes());
+        for side in ["input_scale", "output_scale"] {
+            let matrices =
+                ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "inp_gate", "proj"];
+            for matrix in matrices {
+                let none = floats(&mut layers.iter().map(|_| 0.0));
+                self.set(&key(&format!("{side}.{matrix}")), ty::ARRAY, none);
+            }
+            self.set_f32(&key(&format!("{side}.output")), 0.0);
+        }
+        self.set(&key("kv.k_scale"), ty::ARRAY, floats(&mut layers.iter().map(|layer| layer.1)));
+        self.set(&key("kv.v_scale"), ty::ARRAY, floats(&mut layers.iter().map(|layer| layer.2)));
+        let bits: Vec<u8> = layers.iter().map(|layer| layer.0).collect();
+        self.set(&key("kv.bits"), ty::ARRAY, array(ty::U8, bits.len() as u64, &bits));
+    }
+
     pub fn set_str(&mut self, key: &str, value: impl AsRef<[u8]>) {
         self.set(key, ty::STR, string(value.as_ref()));
     }

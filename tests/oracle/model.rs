@@ -175,7 +175,11 @@ pub struct Model {
     output_norm: Vec<f64>,
     per_layer: Option<PerLayerTable>,
     layers: Vec<Layer>,
+    /// Rounds the key (true) or value of one head before anything reads it; gets the layer and whether that slides.
+    pub round_kv: Option<RoundKv>,
 }
+
+pub type RoundKv = Box<dyn Fn(usize, bool, bool, &mut [f64])>;
 
 /// Everything a comparison may want from one evaluation.
 pub struct Trace {
@@ -327,6 +331,7 @@ impl Model {
                 proj_norm: w.vector("per_layer_proj_norm.weight", width),
             }),
             layers,
+            round_kv: None,
         }
     }
 
@@ -346,7 +351,7 @@ impl Model {
         for (il, layer) in self.layers.iter().enumerate() {
             let normed: Vec<Vec<f64>> = x.iter().map(|x| self.norm(x, &layer.attn_norm)).collect();
             let own = layer.key_value.as_ref();
-            caches.push(own.map(|own| self.keys_and_values(layer, own, &normed, first_position)));
+            caches.push(own.map(|own| self.keys_and_values(il, layer, own, &normed, first_position)));
             let cache = caches[layer.kv_layer].as_ref().expect("the owner comes first");
             for t in 0..tokens.len() {
                 let a = self.attention(layer, cache, &normed[t], t, first_position);
@@ -383,7 +388,7 @@ impl Model {
         layers.map(|(a, b)| scaled(&sum(&self.norm(b, &table.proj_norm), a), 0.5f64.sqrt())).collect()
     }
 
-    fn keys_and_values(&self, layer: &Layer, own: &KeyValue, x: &[Vec<f64>], first: usize) -> Cache {
+    fn keys_and_values(&self, il: usize, layer: &Layer, own: &KeyValue, x: &[Vec<f64>], first: usize) -> Cache {
         let ones = vec![1.0; layer.head_dim];
         let mut cache = Cache { keys: Vec::new(), values: Vec::new() };
         for (t, x) in x.iter().enumerate() {
@@ -394,6 +399,10 @@ impl Model {
             cache.keys.push(keys.collect());
             let heads = raw_v.chunks(layer.head_dim);
             cache.values.push(heads.map(|v| self.norm(v, &ones)).collect());
+        }
+        if let Some(round) = &self.round_kv {
+            cache.keys.iter_mut().flatten().for_each(|key| round(il, layer.sliding, true, key));
+            cache.values.iter_mut().flatten().for_each(|value| round(il, layer.sliding, false, value));
         }
         cache
     }

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use gemrun::kv::KvType;
 use gemrun::{Error, Kind, Result, machine};
 use serde_json::Value;
 
@@ -72,16 +73,20 @@ impl Program {
         Ok(Program { name: "gemrun".to_string(), path, first, last: vec!["--".into(), file.into()] })
     }
 
-    /// Another one. It stores keys and values as gemrun does, under llama.cpp's name for it, `kv`.
+    /// Another one. It stores keys and values as gemrun does; llama.cpp has eight bits in blocks, and no mixture.
     ///
     /// # Errors
     /// If there is no such program.
-    pub fn other(other: &Other, file: &Path, kv: &str) -> Result<Program> {
+    pub fn other(other: &Other, file: &Path, kv: KvType) -> Result<Program> {
         let Some(path) = find(&other.path) else {
             let error = format!("{}: {}: no such program", other.name, other.path.display());
             return Err(Error::new(Kind::NotFound, format!("{error}: expected a llama-bench")));
         };
         let first = vec!["-m".into(), file.into()];
+        let kv = match kv {
+            KvType::F32 | KvType::F16 => kv.name(),
+            KvType::Int8 | KvType::Mixed => "q8_0",
+        };
         let last = ["-fa", "1", "-ctk", kv, "-ctv", kv].map(OsString::from).to_vec();
         Ok(Program { name: other.name.clone(), path, first, last })
     }
