@@ -216,7 +216,7 @@ impl Checkpoint {
         let scale = |made: &mut Checkpoint, name: &str, value: f32| {
             made.add(name, "F32", &[], f32_bytes(&[value]));
         };
-        for il in 0..LAYERS.len() {
+        for (il, &sliding) in LAYERS.iter().enumerate() {
             for (name, rows, cols, bits) in linears(il) {
                 made.packed(&format!("{PREFIX}{name}"), "weight", "weight_scale", rows, cols, width(bits), 1);
                 for (i, side) in ["input", "output"].iter().enumerate() {
@@ -226,7 +226,7 @@ impl Checkpoint {
                 }
             }
             for which in ["k", "v"] {
-                let value = if LAYERS[il] { 0.05 } else { 0.8 };
+                let value = if sliding { 0.05 } else { 0.8 };
                 scale(&mut made, &format!("{PREFIX}layers.{il}.self_attn.{which}_cache_scale"), value);
             }
         }
