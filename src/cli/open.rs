@@ -23,6 +23,7 @@ use gemrun::{Error, Result};
 use gemrun::machine;
 use gemrun_simd::Layout;
 
+use super::page_in;
 use super::terminal::eprintln_quietly;
 
 /// `--threads`, which never changes a result.
@@ -269,11 +270,15 @@ pub fn check(gguf: &Gguf) -> Result<()> {
     Template::from_gguf(gguf).map(drop)
 }
 
-/// Model and tokenizer of a file. The tokenizer is built on another thread while the tensors are looked up.
+/// Model and tokenizer of a file. The tokenizer is built on another thread while the tensors are looked up and the first of them are
+/// read from a slow disk.
 fn parts(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<(Model, Tokenizer)> {
     let (model, tokenizer) = std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| tokenizer(gguf));
         let model = Model::load_packed(gguf, packed, numerics);
+        if let Ok(model) = &model {
+            page_in::begin(model);
+        }
         (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     // Of two errors the one about the model says more.

@@ -19,9 +19,21 @@ const LITTLE: usize = 64 << 20;
 /// Bytes between two looks at the interrupt flag.
 const STEP: usize = 16 << 20;
 
+/// Starts reading the first of the weights of `model`, as far as they are missing, and does not wait for them.
+pub fn begin(model: &Model) {
+    let mut left = LITTLE;
+    for stored in model.weights().map(Weight::stored).filter(|stored| stored.missing(PROBE) > 0) {
+        if stored.len() > left {
+            break;
+        }
+        left -= stored.len();
+        stored.willneed();
+    }
+}
+
 /// Reads the weights of `model` into memory, unless they are there or do not fit.
 pub fn page_in(model: &Model, interrupt: &AtomicBool) {
-    let all: usize = model.weights().map(Weight::bytes).sum();
+    let all: usize = model.weights().map(|weight| weight.stored().len()).sum();
     let missing: usize = model.weights().map(|weight| weight.stored().missing(PROBE)).sum();
     if missing < LITTLE || machine::usable_memory().is_none_or(|usable| missing as u64 > usable) {
         return;
@@ -32,14 +44,14 @@ pub fn page_in(model: &Model, interrupt: &AtomicBool) {
     {
         bar.set_style(style);
     }
-    for weight in model.weights() {
-        for start in (0..weight.bytes()).step_by(STEP) {
+    for stored in model.weights().map(Weight::stored) {
+        for start in (0..stored.len()).step_by(STEP) {
             if interrupt.load(Ordering::Relaxed) {
                 break;
             }
-            let step = start..weight.bytes().min(start + STEP);
+            let step = start..stored.len().min(start + STEP);
             bar.inc(step.len() as u64);
-            weight.stored().slice(step).page_in();
+            stored.slice(step).page_in();
         }
     }
     bar.finish_and_clear();
