@@ -106,18 +106,10 @@ def hugging_face(params):
         hidden_size_per_layer_input=M.PLE, use_double_wide_mlp=True, attention_k_eq_v=False, enable_moe_block=False)
     cfg._attn_implementation = "eager"
     m = Gemma4ForCausalLM(cfg).float().eval()
-    names = {"token_embd": "embed_tokens", "per_layer_token_embd": "embed_tokens_per_layer", "per_layer_model_proj": "per_layer_model_projection",
-             "per_layer_proj_norm": "per_layer_projection_norm", "output_norm": "norm"}
-    inside = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-              "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-              "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "layer_output_scale": "layer_scalar",
-              "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm"}
     state = m.state_dict()
     left = set(state) - {"lm_head.weight"}
     for name, p in params.items():
-        part = name.removesuffix(".weight").split(".")
-        key = "model." + names[part[0]] if len(part) == 1 else f"model.layers.{part[1]}.{inside[part[2]]}"
+        key = "model." + M.theirs(name.removesuffix(".weight"))
         key = key if key in state else key + ".weight"
         assert state[key].shape == p.shape, (key, state[key].shape, p.shape)
         state[key] = p.clone()

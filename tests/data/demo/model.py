@@ -2,7 +2,8 @@
 
 One idea: the parameters carry the names of the GGUF tensors, so that export is a loop and nothing has to be mapped.
 `quantise` is what Q4_0 and Q6_K storage does to a matrix; training passes gradients straight through it, export writes
-the same numbers. There is no cache and no sampling here: that is gemrun's work.
+the same numbers. How a matrix is multiplied and what is kept of keys and values is asked of an object (`Plain` here, others
+in mobile.py), so there is one forward pass. There is no cache and no sampling here: that is gemrun's work.
 """
 import math
 
@@ -64,6 +65,23 @@ def shapes():
         out[b + "post_norm.weight"] = (DIM,)
         out[b + "layer_output_scale.weight"] = (1,)
     return out
+
+
+# The names transformers gives the same tensors: of the whole model and of a layer.
+THEIRS = {"token_embd": "embed_tokens", "per_layer_token_embd": "embed_tokens_per_layer", "per_layer_model_proj": "per_layer_model_projection",
+          "per_layer_proj_norm": "per_layer_projection_norm", "output_norm": "norm"}
+THEIRS_IN_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "layer_output_scale": "layer_scalar",
+    "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm"}
+
+
+def theirs(name):
+    """`blk.3.attn_q` -> `layers.3.self_attn.q_proj`."""
+    part = name.split(".")
+    return THEIRS[name] if len(part) == 1 else f"layers.{part[1]}.{THEIRS_IN_LAYER[part[2]]}"
 
 
 def stored_as(name, shape):
@@ -198,44 +216,70 @@ def masks(positions, document):
     return (ok & near)[:, None], ok[:, None]
 
 
+class Plain:
+    """Parameters used as they are."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def vector(self, name):
+        return self.params[name + ".weight"]
+
+    def rows(self, name, tokens):
+        return F.embedding(tokens, self.params[name + ".weight"])
+
+    def linear(self, name, x):
+        tied = name == "output" and "output.weight" not in self.params
+        return F.linear(x, self.params["token_embd.weight" if tied else name + ".weight"])
+
+    def keep(self, layer, k, v):
+        return k, v
+
+
+def plain(p):
+    return Plain(p) if isinstance(p, dict) else p
+
+
 def hidden(p, tokens, positions, mask):
-    """The final normalised vector of every position, (rows, tokens, DIM)."""
+    """The final normalised vector of every position, (rows, tokens, DIM). `p`: parameters, or an object like `Plain`."""
+    net = plain(p)
     rows, n = tokens.shape
-    x = F.embedding(tokens, p["token_embd.weight"]) * math.sqrt(DIM)
-    table = F.embedding(tokens, p["per_layer_token_embd.weight"]) * math.sqrt(PLE)
-    proj = (F.linear(x, p["per_layer_model_proj.weight"]) / math.sqrt(DIM)).view(rows, n, LAYERS, PLE)
-    ple = (rms(proj, p["per_layer_proj_norm.weight"]) + table.view(rows, n, LAYERS, PLE)) * 2 ** -0.5
+    x = net.rows("token_embd", tokens) * math.sqrt(DIM)
+    table = net.rows("per_layer_token_embd", tokens) * math.sqrt(PLE)
+    proj = (net.linear("per_layer_model_proj", x) / math.sqrt(DIM)).view(rows, n, LAYERS, PLE)
+    ple = (rms(proj, net.vector("per_layer_proj_norm")) + table.view(rows, n, LAYERS, PLE)) * 2 ** -0.5
     turns = {
         True: [t[:, None] for t in rope_table(positions, HD_SWA, BASE_SWA, HD_SWA // 2)],
         False: [t[:, None] for t in rope_table(positions, HD_GLOBAL, BASE_GLOBAL, HD_GLOBAL // 8)],
     }
     cache = {}
     for i in range(LAYERS):
-        w = lambda name: p[f"blk.{i}.{name}.weight"]
+        w = lambda name: net.vector(f"blk.{i}.{name}")
+        times = lambda name, x: net.linear(f"blk.{i}.{name}", x)
         hd, swa = head_dim(i), IS_SWA[i]
         h = rms(x, w("attn_norm"))
         split = lambda y, heads: y.view(rows, n, heads, hd).transpose(1, 2)
-        q = rope(rms(split(F.linear(h, w("attn_q")), HEADS), w("attn_q_norm")), *turns[swa])
+        q = rope(rms(split(times("attn_q", h), HEADS), w("attn_q_norm")), *turns[swa])
         if i < OWNERS:
-            k = rope(rms(split(F.linear(h, w("attn_k")), KV_HEADS), w("attn_k_norm")), *turns[swa])
-            v = rms(split(F.linear(h, w("attn_v")), KV_HEADS))
-            cache[i] = k, v
+            k = rope(rms(split(times("attn_k", h), KV_HEADS), w("attn_k_norm")), *turns[swa])
+            v = rms(split(times("attn_v", h), KV_HEADS))
+            cache[i] = net.keep(i, k, v)
         k, v = cache[kv_source(i)]
         o = F.scaled_dot_product_attention(q, k.expand(-1, HEADS, -1, -1), v.expand(-1, HEADS, -1, -1),
                                            attn_mask=mask[0 if swa else 1], scale=1.0)
-        o = F.linear(o.transpose(1, 2).reshape(rows, n, HEADS * hd), w("attn_output"))
+        o = times("attn_output", o.transpose(1, 2).reshape(rows, n, HEADS * hd))
         x = x + rms(o, w("post_attention_norm"))
         h = rms(x, w("ffn_norm"))
-        f = F.linear(F.gelu(F.linear(h, w("ffn_gate")), approximate="tanh") * F.linear(h, w("ffn_up")), w("ffn_down"))
+        f = times("ffn_down", F.gelu(times("ffn_gate", h), approximate="tanh") * times("ffn_up", h))
         x = x + rms(f, w("post_ffw_norm"))
-        g = F.gelu(F.linear(x, w("inp_gate")), approximate="tanh") * ple[:, :, i]
-        x = x + rms(F.linear(g, w("proj")), w("post_norm"))
+        g = F.gelu(times("inp_gate", x), approximate="tanh") * ple[:, :, i]
+        x = x + rms(times("proj", g), w("post_norm"))
         x = x * w("layer_output_scale")
-    return rms(x, p["output_norm.weight"])
+    return rms(x, net.vector("output_norm"))
 
 
 def logits(p, y):
-    return CAP * torch.tanh(F.linear(y, p["token_embd.weight"]) / CAP)
+    return CAP * torch.tanh(plain(p).linear("output", y) / CAP)
 
 
 def forward(p, ids):
