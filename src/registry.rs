@@ -14,8 +14,26 @@ use crate::{Error, Kind, Result};
 /// The table of known models, as written.
 const MODELS: &str = include_str!("../models.toml");
 
-/// The model that is part of the program, a GGUF file.
+/// The demo model, part of the program: a GGUF file.
 pub static DEMO: &[u8] = include_bytes!("demo.gguf");
+
+/// The same model trained for channel-wise integers and static activations, part of the program too.
+pub static DEMO_MOBILE: &[u8] = include_bytes!("demo-mobile.gguf");
+
+/// The bytes of the model that is part of the program under this name.
+///
+/// # Errors
+///
+/// `Invalid` if there is none, though `models.toml` says so.
+pub fn embedded(name: &str) -> Result<&'static [u8]> {
+    match name {
+        "demo" => Ok(DEMO),
+        "demo-mobile" => Ok(DEMO_MOBILE),
+        _ => {
+            Err(Error::invalid(format!("models.toml: {name}: embedded: expected a model that is part of the program")))
+        }
+    }
+}
 
 /// The known models.
 #[derive(Debug, Deserialize)]
@@ -168,6 +186,7 @@ mod tests {
             assert!(entry.sha256.as_ref().is_none_or(|hash| hex(hash, 64)), "{name}: sha256");
             assert!(entry.revision.as_ref().is_none_or(|commit| hex(commit, 40)), "{name}: revision");
             assert!(entry.file.as_ref().is_none_or(|file| !file.contains(['/', '\\'])), "{name}: file");
+            assert!(!entry.embedded || embedded(name).is_ok(), "{name}: embedded");
             assert!(!name.contains(std::path::is_separator) && !name.ends_with(".gguf"), "{name} reads as a path");
         }
         assert_eq!(registry().find("demo", None).unwrap(), Source::Embedded("demo".into()));
@@ -204,7 +223,7 @@ mod tests {
         assert_eq!(error.exit_code(), 3);
         assert_eq!(
             error.to_string(),
-            "e2: no such model or file: did you mean e2b? known names: 12b, 26b-a4b, 31b, demo, e2b, e4b; or give a path"
+            "e2: no such model or file: did you mean e2b? known names: 12b, 26b-a4b, 31b, demo, demo-mobile, e2b, e4b; or give a path"
         );
         assert!(!registry().find("llama", None).unwrap_err().to_string().contains("did you mean"));
         assert_eq!(registry().find("hf:google/x", None).unwrap_err().exit_code(), 6);

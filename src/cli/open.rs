@@ -201,7 +201,7 @@ pub fn source(model: &OsStr) -> Result<Source> {
 pub fn gguf(model: &OsStr) -> Result<Gguf> {
     match source(model)? {
         Source::File(path) => Gguf::open(&path),
-        Source::Embedded(name) => Gguf::from_static(&name, registry::DEMO),
+        Source::Embedded(name) => Gguf::from_static(&name, registry::embedded(&name)?),
     }
 }
 

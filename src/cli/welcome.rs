@@ -36,7 +36,7 @@ pub fn welcome() -> Result {
             Ok(Source::File(_)) => "ready",
             Err(_) => "not downloaded",
         };
-        writeln!(out, "  {name:<8} {size:>8}  {dim}{state:<14}{plain}  {}", entry.title)?;
+        writeln!(out, "  {name:<11} {size:>8}  {dim}{state:<14}{plain}  {}", entry.title)?;
     }
     writeln!(out)?;
     writeln!(out, "A path works as well: gemrun run ./model.gguf. All commands: gemrun --help")?;

@@ -1,8 +1,9 @@
 """Writes what mobile.py trained as a checkpoint in the layout of Google's mobile ones, reads one back, and judges it.
 
     python mobile_file.py OUT CHECKPOINT              # OUT/mobile.pt -> config.json, model.safetensors, tokenizer.json, ...
-    python mobile_file.py --judge CHECKPOINT          # perplexity and answers, with and without the rounding
+    python mobile_file.py --judge CHECKPOINT          # perplexity, with and without the rounding
     python mobile_file.py --judge CHECKPOINT --write  # also mobile.npy, mobile_kv.npy and mobile.json, the reference for tests
+    python mobile_file.py --answers GEMRUN            # right answers to heldout.jsonl by the program
 
 `Checkpoint` shares nothing with the training but the forward pass: it reads packed bytes and scales from the file and adds up
 integers, in float64. The GGUF is made of the checkpoint by `gemrun convert`.
@@ -11,12 +12,14 @@ import argparse
 import json
 import math
 import os
+import subprocess
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import corpus
 import eval as E
 import gguf_file
 import mobile
@@ -184,7 +187,7 @@ def short(toks):
     return [[T.BOS] + (toks.encode(text) * 3)[:3] for text in PROMPTS]
 
 
-def judge(folder, write_reference, only_text=False):
+def judge(folder, write_reference):
     _, toks = gguf_file.read(os.path.join(HERE, "../../../src/demo.gguf"))
     nets = {name: Checkpoint(folder, *way) for name, way in WAYS.items()}
     found = {}
@@ -201,9 +204,18 @@ def judge(folder, write_reference, only_text=False):
                            about="logits of src/demo-mobile.gguf's checkpoint by mobile_file.py, exact integers and float64: mobile.npy "
                                  "[6, 4, 2048] with keys and values in float, mobile_kv.npy with 8 bits in sliding layers and 4 in global ones"),
                       open(os.path.join(HERE, "mobile.json"), "w"))
-        if not only_text:
-            for name in ("int8, kv mixed", "float activations"):
-                E.judge(nets[name], toks, name)
+
+
+def answers(program, model, options):
+    """Share of right answers of each kind, by the program itself."""
+    right = {}
+    for row in map(json.loads, open(os.path.join(HERE, "heldout.jsonl"), encoding="utf-8")):
+        said = subprocess.run([program, "run", model, "--temp", "0", "-n", "96", *options, "--", row["question"]], capture_output=True, check=True)
+        kind = "refusal" if row["id"] == "refusal" and row["kind"] == "variant" else row["kind"]
+        right.setdefault(kind, []).append(corpus.right(row, said.stdout.decode().strip()))
+    for kind, good in right.items():
+        print(f"{kind:8} {len(good):4} questions: right {np.mean(good):.3f}")
+    print(f"all      {sum(map(len, right.values())):4} questions: right {np.mean(sum(right.values(), [])):.3f}")
 
 
 def main():
@@ -211,7 +223,9 @@ def main():
     ap.add_argument("folders", nargs="*")
     ap.add_argument("--judge", metavar="CHECKPOINT")
     ap.add_argument("--write", action="store_true")
-    ap.add_argument("--text", action="store_true", help="judge by the held-out text only")
+    ap.add_argument("--answers", metavar="GEMRUN")
+    ap.add_argument("--model", default="demo-mobile")
+    ap.add_argument("--option", action="append", default=[], help="handed on to the program")
     args = ap.parse_args()
     torch.set_num_threads(1)
     if args.folders:
@@ -219,7 +233,9 @@ def main():
         saved = json.load(open(os.path.join(work, "tokens.json")))
         write(folder, torch.load(os.path.join(work, "mobile.pt"))["params"], T.Tokens(saved["tokens"], [tuple(m) for m in saved["merges"]]))
     if args.judge:
-        judge(args.judge, args.write, args.text)
+        judge(args.judge, args.write)
+    if args.answers:
+        answers(args.answers, args.model, args.option)
 
 
 if __name__ == "__main__":
