@@ -13,6 +13,7 @@ use gemrun::forward::{State, Want, forward};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
+use gemrun::registry;
 use gemrun::team::Team;
 use gemrun::weight::{Act, Numerics};
 use gemrun_simd::Isa;
@@ -29,6 +30,9 @@ const RECORDED: [(&str, &str, &str); 3] = [
     ("b_dense", "6535d1965fa6cfd8", "74f99a7df84ea642"),
     ("c_moe", "7a2a03b2a6ac7b7c", "b33c5ed0b8183303"),
 ];
+
+/// The same of the mobile demo model: static int8 activations, its cache as computed and as the file wants it.
+const RECORDED_MOBILE: [(KvType, &str); 2] = [(KvType::F32, "68adbc00c19f12d7"), (KvType::Mixed, "b9f68b1d40e66d21")];
 
 fn digest(logits: &[f32]) -> String {
     let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -55,6 +59,20 @@ fn digests_are_the_recorded_ones() {
             let way = Way { isa, ..EXACT };
             let found = digest(&run::logits(&gguf, &tokens, way));
             assert_eq!(found, float, "{name} {way:?}");
+        }
+    }
+}
+
+#[test]
+fn static_integers_have_the_recorded_digests() {
+    let gguf = Gguf::from_static("demo-mobile", registry::DEMO_MOBILE).unwrap();
+    let tokens: Vec<u32> = std::iter::once(2).chain((0..63).map(|i| 500 + i * 21 % 1400)).collect();
+    for (kv, recorded) in RECORDED_MOBILE {
+        for isa in isas() {
+            for (batch, threads) in [(64, 1), (1, 2), (7, 3), (40, 8)] {
+                let way = Way { kv, batch, threads, isa, ..INT8 };
+                assert_eq!(digest(&run::logits(&gguf, &tokens, way)), recorded, "{way:?}");
+            }
         }
     }
 }

@@ -140,7 +140,7 @@ impl Bench {
         let tests = self.tests(&threads);
         let load_average = machine::load_average();
         let loaded = self.compute.load(&self.model)?;
-        let kv = self.compute.kv(&loaded.model.config, KvType::F16);
+        let kv = self.compute.kv_or_usual(&loaded.model.config);
         let programs = self.programs(kv)?;
         let batch = batch.unwrap_or(loaded.model.batch());
         let longest = tests.iter().map(|test| test.depth.saturating_add(test.tokens())).max().unwrap_or(0);

@@ -247,7 +247,7 @@ impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
         let (batch, threads) = (compute.batch()?, threads.count()?);
         let loaded = compute.load(model)?;
-        let kv = compute.kv(&loaded.model.config, KvType::F32);
+        let kv = compute.kv().unwrap_or(KvType::F32);
         let batch = batch.unwrap_or(loaded.model.batch());
         Ok(Runner { loaded, team: Team::new(threads)?, kv, batch })
     }

@@ -69,7 +69,7 @@ impl KernelName {
 pub struct Compute {
     #[command(flatten)]
     kernel: KernelName,
-    /// How the cache stores keys and values [default: mixed if the file has scales for it, else f16, for eval f32]
+    /// How the cache stores keys and values [default: mixed if the file has scales for it, else f16; for eval f32]
     #[arg(long, value_name = "TYPE")]
     kv: Option<KvArg>,
     /// What activations become before a matrix product: auto is what the file was made for, float the slow reference
@@ -138,16 +138,19 @@ impl Compute {
         }
     }
 
-    /// How the cache stores keys and values. Where nothing is asked for, as the model was trained, else `usual`.
-    pub fn kv(&self, config: &Config, usual: KvType) -> KvType {
-        match self.kv {
-            None if config.srq.is_some() => KvType::Mixed,
-            None => usual,
-            Some(KvArg::F32) => KvType::F32,
-            Some(KvArg::F16) => KvType::F16,
-            Some(KvArg::Int8) => KvType::Int8,
-            Some(KvArg::Mixed) => KvType::Mixed,
-        }
+    /// How the cache is to store keys and values, if that was asked for.
+    pub fn kv(&self) -> Option<KvType> {
+        self.kv.map(|kv| match kv {
+            KvArg::F32 => KvType::F32,
+            KvArg::F16 => KvType::F16,
+            KvArg::Int8 => KvType::Int8,
+            KvArg::Mixed => KvType::Mixed,
+        })
+    }
+
+    /// The same; where nothing was asked for, as the model was trained, else f16.
+    pub fn kv_or_usual(&self, config: &Config) -> KvType {
+        self.kv().unwrap_or(if config.srq.is_some() { KvType::Mixed } else { KvType::F16 })
     }
 
     /// These options as arguments of a command line.

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
-use gemrun::kv::KvType;
 use gemrun::machine;
 use gemrun::registry;
 use gemrun::sample::{Sampling, random_seed};
@@ -120,7 +119,7 @@ impl Run {
         let options = Options {
             context,
             batch,
-            kv: self.compute.kv(&loaded.model.config, KvType::F16),
+            kv: self.compute.kv_or_usual(&loaded.model.config),
             threads,
             sampling,
             ignore_stops: self.ignore_eos,
