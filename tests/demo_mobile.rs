@@ -10,6 +10,7 @@ use common::npy::Npy;
 use common::run::{self, EXACT, INT8, Way};
 use common::{argmax, max_abs_difference};
 use gemrun::gguf::Gguf;
+use gemrun::kv::KvType;
 use gemrun::registry;
 use std::path::Path;
 
@@ -58,7 +59,18 @@ fn static_integers() {
     assert!(same >= 0.8 && best >= 0.95, "{same} of the rows are the same, {best} have the same best token");
 }
 
-/// The gate above can fail: without the rounding no row is the same.
+/// Keys and values in eight bits on sliding layers and four on global ones, with the file's scales.
+#[test]
+fn integer_keys_and_values() {
+    let (first, same, best) = agreement("mobile_kv.npy", Way { kv: KvType::Mixed, ..INT8 });
+    println!("first {first:.1e}, same {same:.2}, best {best:.2}");
+    assert!(first <= 1e-4, "{first:e}");
+    assert!(same >= 0.8 && best >= 0.95, "{same} of the rows are the same, {best} have the same best token");
+    let (_, same, _) = agreement("mobile_kv.npy", INT8);
+    assert!(same < 0.2, "{same} of the rows are the same with keys and values in f32");
+}
+
+/// The gate of `static_integers` can fail: without the rounding no row is the same.
 #[test]
 fn float_activations_are_something_else() {
     let (first, same, _) = agreement("mobile.npy", EXACT);
