@@ -13,6 +13,7 @@ import argparse
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type, GGUFValueType as Kind
+from synth_moe import vocabulary
 
 LAYERS, SHARED, DIM, HEADS, PLE, VOCAB, CONTEXT, WINDOW = 35, 20, 1536, 8, 256, 262144, 131072, 512
 SLIDING, GLOBAL, EVERY = 256, 512, 5  # head widths; every fifth layer is global
@@ -69,23 +70,6 @@ def blocks(rows, cols, bits, scales):
         yield data.reshape(n, -1)
 
 
-def vocabulary():
-    """Special tokens where Gemma has them, all bytes, then short strings."""
-    special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 105: "<|turn>", 106: "<turn|>"}
-    tokens = [special.get(i, f"<unused{i}>") for i in range(238)] + [f"<0x{i:02X}>" for i in range(256)]
-    kinds = [3 if i in special else 1 for i in range(238)] + [6] * 256
-    letters = "\u2581etaoinshrdlcumwfgypbvkjxqz"
-    words, merges = list(letters), []
-    for word in words:  # grows while it is read: all one-letter words, all of two letters, ...
-        if len(words) >= VOCAB:
-            break
-        words += [word + letter for letter in letters[1:]]
-        merges += [f"{word} {letter}" for letter in letters[1:]]
-    words = words[: VOCAB - len(tokens)]
-    known = set(words)
-    return tokens + words, kinds + [1] * len(words), [merge for merge in merges if merge.replace(" ", "") in known]
-
-
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("out")
@@ -122,7 +106,7 @@ def main():
         tokens, kinds, merges = (fields["tokenizer.ggml." + key].contents() for key in ["tokens", "token_type", "merges"])
         w.add_chat_template(fields["tokenizer.chat_template"].contents())
     else:
-        tokens, kinds, merges = vocabulary()
+        tokens, kinds, merges = vocabulary(VOCAB)
     w.add_tokenizer_model("gemma4")
     w.add_token_list(tokens)
     w.add_token_scores([-1000.0] * len(tokens))

@@ -23,15 +23,15 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::config::ROLES;
-use crate::forward::{State, Want, forward};
 use crate::gguf::Gguf;
 use crate::gguf::write::Writer;
 use crate::kv::KvType;
 use crate::model::Model;
 use crate::new_file::NewFile;
-use crate::sample::{LogProbs, all_finite};
+use crate::sample::LogProbs;
 use crate::team::Team;
 use crate::weight::Numerics;
+use crate::windows::predict;
 use crate::{Error, Result};
 
 const ARCHITECTURE: &str = "gemrun-static";
@@ -107,7 +107,7 @@ pub fn calibrate(
         }
     }
     for window in seen {
-        each_row(gguf, &model, team, &[window], &mut |_, _| Ok(()))?;
+        each_row(gguf, &model, team, &[window], &mut |_, _| {})?;
         step();
     }
     let scales_of = |role: &str, quantile: f64| {
@@ -124,7 +124,6 @@ pub fn calibrate(
     each_row(gguf, &dynamic, team, &judges, &mut |row, target| {
         nll -= LogProbs::new(row).of(target);
         expected.push(row.to_vec());
-        Ok(())
     })?;
     let tokens = expected.len();
     let ppl_dynamic = libm::exp(nll / tokens as f64);
@@ -140,7 +139,6 @@ pub fn calibrate(
             let found = LogProbs::new(row);
             kl += rows.next().map_or(0.0, |row| LogProbs::new(row).kl_from(&found));
             nll -= found.of(target);
-            Ok(())
         })?;
         let n = tokens as f64;
         let (kl, ppl) = (kl / n, libm::exp(nll / n));
@@ -169,32 +167,17 @@ pub fn calibrate(
     Ok(best)
 }
 
-/// Calls `each` with the logits before every token of the windows but their first, and that token.
+/// [`predict`] of several windows, as `eval` computes them.
 fn each_row(
     gguf: &Gguf,
     model: &Model,
     team: &mut Team,
     windows: &[impl AsRef<[u32]>],
-    each: &mut dyn FnMut(&[f32], u32) -> Result<()>,
+    each: &mut dyn FnMut(&[f32], u32),
 ) -> Result<()> {
-    let (batch, vocab) = (model.batch(), model.config.vocab);
-    for window in windows.iter().map(AsRef::as_ref).filter(|window| window.len() > 1) {
-        let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
-        let mut state = State::new(model, KvType::F32, inputs.len(), batch)?;
-        team.enter(|team| {
-            for (inputs, targets) in inputs.chunks(batch).zip(targets.chunks(batch)) {
-                let logits = forward(model, team, &mut state, inputs, Want::All)?;
-                for (row, &target) in logits.chunks(vocab).zip(targets) {
-                    if !all_finite(row) {
-                        return Err(Error::invalid(format!("{}: non-finite logits: damaged model file?", gguf.name())));
-                    }
-                    each(row, target)?;
-                }
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
+    let way = (KvType::F32, model.batch());
+    let mut windows = windows.iter().map(AsRef::as_ref).filter(|window| window.len() > 1);
+    windows.try_for_each(|window| predict(gguf.name(), model, team, way, window, &mut *each))
 }
 
 /// Scales (roles, layers) by the names of the matrices.

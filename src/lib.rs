@@ -21,5 +21,6 @@ pub mod team;
 pub mod template;
 pub mod tokenizer;
 pub mod weight;
+pub mod windows;
 
 pub use error::{Error, Kind, Result};

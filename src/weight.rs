@@ -450,14 +450,11 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
     // If so many parts have an output of at least some size for sure, then so many outputs have.
     maxima.clear();
     maxima.resize(weight.rows.div_ceil(PART), 0.0);
-    let mut least = std::mem::take(maxima);
-    for (part, (out, least)) in out.chunks(PART).zip(&mut least).enumerate() {
+    for (part, (out, least)) in out.chunks(PART).zip(&mut *maxima).enumerate() {
         let sure = out.iter().enumerate().map(|(i, &y)| y - off(part * PART + i, y));
         *least = sure.fold(f32::MIN, f32::max);
     }
-    let (_, bar, _) = least.select_nth_unstable_by(best.max(1) - 1, |a, b| b.total_cmp(a));
-    let bar = *bar;
-    *maxima = least;
+    let (_, &mut bar, _) = maxima.select_nth_unstable_by(best.max(1) - 1, |a, b| b.total_cmp(a));
 
     const GROUP: usize = interleave::ROWS;
     team.share(weight.rows.div_ceil(GROUP), PART / GROUP, Lines(out, GROUP), |groups, Lines(out, _)| {

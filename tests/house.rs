@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
-const LEVELS: [&[&str]; 11] = [
+const LEVELS: [&[&str]; 12] = [
     &["error"],
     &["gguf", "team", "new_file"],
     &["weight", "machine"],
@@ -17,7 +17,8 @@ const LEVELS: [&[&str]; 11] = [
     &["ops", "kv", "model"],
     &["attend"],
     &["tokenizer", "sample", "forward"],
-    &["template", "channel", "calibrate"],
+    &["template", "channel", "windows"],
+    &["calibrate"],
     &["session", "registry", "convert"],
     &["lib"],
 ];

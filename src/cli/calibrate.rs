@@ -10,10 +10,9 @@ use gemrun::calibrate::{self, Calibrated};
 use gemrun::config::{Config, ROLES};
 use gemrun::team::Team;
 use gemrun::tokenizer::Tokenizer;
-
+use gemrun::windows::windows;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::eval::windows;
 use super::open::{self, Threads};
 use super::terminal::eprintln_quietly;
 use super::{Result, text};

@@ -14,9 +14,10 @@ use gemrun::Error;
 use gemrun::forward::{State, Want, forward};
 use gemrun::kv::KvType;
 use gemrun::model::Model;
-use gemrun::sample::{LogProbs, all_finite, argmax};
+use gemrun::sample::{LogProbs, argmax};
 use gemrun::team::Team;
 use gemrun::tokenizer::Tokenizer;
+use gemrun::windows::{predict, windows};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -270,25 +271,8 @@ impl Runner {
     }
 
     /// Calls `each` with the logits before each token of `window` but the first, and that token.
-    fn window(&mut self, window: &[u32], mut each: impl FnMut(&[f32], u32)) -> gemrun::Result<()> {
-        let (model, vocab) = (&self.loaded.model, self.vocab());
-        let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
-        let mut state = State::new(model, self.kv, inputs.len(), self.batch)?;
-        self.team.enter(|team| {
-            for (inputs, targets) in inputs.chunks(self.batch).zip(targets.chunks(self.batch)) {
-                let position = state.kv.len();
-                let logits = forward(model, team, &mut state, inputs, Want::All)?;
-                for ((row, &target), position) in logits.chunks(vocab).zip(targets).zip(position..) {
-                    if !all_finite(row) {
-                        let file = self.loaded.gguf.name();
-                        let error = format!("{file}: non-finite logits at position {position}: damaged model file?");
-                        return Err(Error::invalid(error));
-                    }
-                    each(row, target);
-                }
-            }
-            Ok(())
-        })
+    fn window(&mut self, window: &[u32], each: impl FnMut(&[f32], u32)) -> gemrun::Result<()> {
+        predict(self.loaded.gguf.name(), &self.loaded.model, &mut self.team, (self.kv, self.batch), window, each)
     }
 }
 
@@ -299,25 +283,8 @@ fn check_context(model: &Model, tokens: usize, what: &str) -> gemrun::Result<()>
     }
 }
 
-/// `bos` and the next `ctx - 1` tokens, until all are used.
-pub(super) fn windows(tokens: &[u32], ctx: usize, bos: u32) -> impl Iterator<Item = Vec<u32>> {
-    tokens.chunks(ctx - 1).map(move |chunk| [&[bos], chunk].concat())
-}
-
 /// A bar on standard error, if that is a terminal.
 fn progress(tokens: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{pos}/{len} tokens {wide_bar} {eta}");
     ProgressBar::new(tokens as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_predict_each_token_once() {
-        let tokens = [10, 11, 12, 13, 14];
-        let cut: Vec<_> = windows(&tokens, 3, 2).collect();
-        assert_eq!(cut, [vec![2, 10, 11], vec![2, 12, 13], vec![2, 14]]);
-    }
 }
