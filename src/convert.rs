@@ -37,8 +37,8 @@ use std::path::Path;
 
 use gemrun_simd::Format;
 
-use crate::gguf::Gguf;
 use crate::gguf::write::Writer;
+use crate::gguf::{Gguf, I8};
 use crate::machine::storage;
 use crate::model::Model;
 use crate::new_file::NewFile;
@@ -54,9 +54,6 @@ use widths::Widths;
 
 /// Told the bytes read so far and of how many; says whether to go on.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
-
-/// ggml's id of plain bytes.
-const I8: u32 = 24;
 
 /// What a mobile checkpoint becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

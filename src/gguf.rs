@@ -102,6 +102,9 @@ enum Place {
     Array { elem: Type, len: usize, raw: Range<usize> },
 }
 
+/// ggml's type id of 8-bit integers: plain bytes.
+pub const I8: u32 = 24;
+
 /// An entry of the tensor table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {

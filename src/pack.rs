@@ -31,7 +31,7 @@ use gemrun_simd::interleave::ROWS;
 use sha2::{Digest, Sha256};
 
 use crate::gguf::write::Writer;
-use crate::gguf::{Bytes, Gguf, Tensor, Value};
+use crate::gguf::{Bytes, Gguf, I8, Tensor, Value};
 use crate::machine::storage;
 use crate::new_file::NewFile;
 use crate::{Error, Kind, Result};
@@ -42,9 +42,8 @@ pub const ARCHITECTURE: &str = "gemrun-pack";
 const LAYOUT: u32 = 1;
 /// Tensor data starts at multiples of this, the largest page in use, so that advice on a tensor concerns no other.
 const ALIGNMENT: u32 = 65_536;
-/// Name and type (I8) of the tensor with the digests.
+/// Name of the tensor with the digests, bytes.
 const DIGESTS: &str = "pack.sha256";
-const I8: u32 = 24;
 const DIGEST_BYTES: usize = 32;
 /// Read and written at a time, about.
 const PIECE: usize = 1 << 20;
@@ -257,7 +256,6 @@ impl Packed {
 
 /// Whether a tensor may be one whose rows are interleaved: of such a format, or integers, of which the model knows the format.
 fn interleaves(tensor: &Tensor) -> bool {
-    const I8: u32 = 24;
     let known = Format::from_ggml(tensor.type_id).is_some_and(Format::interleaves) || tensor.type_id == I8;
     known && rows(tensor).is_multiple_of(ROWS) && group_bytes(tensor) <= MAX_GROUP
 }

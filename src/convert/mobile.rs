@@ -12,7 +12,8 @@ use gemrun_simd::half::f32_to_f16;
 
 use super::checkpoint::{Dtype, Stored};
 use super::widths::Widths;
-use super::{HEAD, I8, ROLES, Target, Text, linear_shape, put, tensor_id};
+use super::{HEAD, ROLES, Target, Text, linear_shape, put, tensor_id};
+use crate::gguf::I8;
 use crate::gguf::write::Writer;
 use crate::{Error, Result};
 

@@ -19,12 +19,9 @@ use gemrun_simd::Format;
 use gemrun_simd::half::f16_to_f32;
 
 use super::{Loader, shape};
-use crate::gguf::{Bytes, Gguf, Tensor, Type};
+use crate::gguf::{Bytes, Gguf, I8, Tensor, Type};
 use crate::weight::StaticScales;
 use crate::{Error, Result};
-
-/// ggml's type id of 8-bit integers.
-const I8: u32 = 24;
 
 /// The integers of a matrix.
 pub(super) struct Channel {
