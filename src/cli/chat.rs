@@ -3,17 +3,15 @@
 //! Ctrl-C ends a reply and keeps the chat; at the prompt, twice, it ends the program, as does Ctrl-D. Lines that
 //! begin with a slash are commands. What was typed is remembered in a history file, what was answered is not.
 
-use std::io::Write;
 use std::ops::ControlFlow;
 
 use gemrun::session::{End as Why, Event, Reply};
-use rustyline::error::ReadlineError;
-use rustyline::history::FileHistory;
-use rustyline::{Config, Editor};
 
 use super::Result;
-use super::run::{Talk, Wait, history_file, reset, tool_call};
-use super::terminal::{Shown, Style, eprintln_quietly};
+use super::input::Input;
+use super::run::{Talk, reset};
+use super::screen::Screen;
+use super::terminal::{Style, eprintln_quietly};
 
 const HELP: &str = "\
 /help            this list
@@ -199,189 +197,6 @@ fn first_words(message: &str) -> String {
     if short.len() < message.len() { format!("{short}...") } else { short }
 }
 
-/// Puts a reply on the screen: thoughts faint, the answer plain.
-struct Screen {
-    out: std::io::Stdout,
-    shown: Shown,
-    style: Style,
-    hide_thinking: bool,
-    wait: Wait,
-    now: Part,
-    /// Whether the cursor stands at the beginning of a line.
-    fresh_line: bool,
-}
-
-/// What was shown last.
-#[derive(PartialEq)]
-enum Part {
-    Nothing,
-    Thought,
-    HiddenThought,
-    Answer,
-    ToolCall,
-}
-
-impl Screen {
-    fn new(hide_thinking: bool, style: Style) -> Screen {
-        let (out, shown) = (std::io::stdout(), Shown::stdout());
-        Screen { out, shown, style, hide_thinking, wait: Wait::new(), now: Part::Nothing, fresh_line: true }
-    }
-
-    fn on(&mut self, event: Event) -> std::io::Result<()> {
-        self.wait.on(&event);
-        match event {
-            Event::Prompt { .. } => {}
-            Event::Thought(_) if self.hide_thinking => {
-                if self.now != Part::HiddenThought {
-                    self.enter(Part::HiddenThought)?;
-                    self.write(&format!("{}thinking ...{}", self.style.dim(), self.style.plain()))?;
-                    self.fresh_line = false;
-                }
-            }
-            Event::Thought(text) => {
-                self.enter(Part::Thought)?;
-                // Each piece is faint by itself, so that whatever ends the reply leaves the terminal plain.
-                self.show(&format!("{}{}{}", self.style.dim(), self.shown.text(text), self.style.plain()), text)?;
-            }
-            Event::Answer(text) => {
-                self.enter(Part::Answer)?;
-                self.show(&self.shown.text(text), text)?;
-            }
-            Event::ToolCall { name, arguments } => {
-                self.enter(Part::ToolCall)?;
-                let line = format!("{}\n", tool_call(name, arguments));
-                self.show(&self.shown.text(&line), &line)?;
-            }
-        }
-        self.out.flush()
-    }
-
-    /// Ends the line of the part before.
-    fn enter(&mut self, part: Part) -> std::io::Result<()> {
-        if self.now != part {
-            if !self.fresh_line {
-                self.write("\n")?;
-                self.fresh_line = true;
-            }
-            if self.now == Part::Thought {
-                self.write("\n")?;
-            }
-            self.now = part;
-        }
-        Ok(())
-    }
-
-    fn show(&mut self, styled: &str, text: &str) -> std::io::Result<()> {
-        if !text.is_empty() {
-            self.fresh_line = text.ends_with('\n');
-        }
-        self.write(styled)
-    }
-
-    fn write(&mut self, text: &str) -> std::io::Result<()> {
-        self.out.write_all(text.as_bytes())
-    }
-
-    fn finish(&mut self) -> std::io::Result<()> {
-        self.wait.done();
-        if !self.fresh_line {
-            self.write("\n")?;
-        }
-        self.out.flush()
-    }
-}
-
-/// The line editor.
-struct Input {
-    editor: Editor<(), FileHistory>,
-    prompt: String,
-}
-
-impl Input {
-    fn new(name: &str) -> Result<Input> {
-        let config = Config::builder().history_ignore_space(true).auto_add_history(false).build();
-        let mut editor = Editor::with_config(config).map_err(|e| failed(&e))?;
-        if let Some(file) = history_file() {
-            // The first chat has no history yet.
-            let _ = editor.load_history(&file);
-        }
-        Ok(Input { editor, prompt: format!("{name}> ") })
-    }
-
-    /// The next message or command; `None` when the user leaves with Ctrl-D.
-    fn read(&mut self, style: Style) -> Result<Option<String>> {
-        let mut message = String::new();
-        let mut interrupted = false;
-        loop {
-            let prompt = if message.is_empty() { self.prompt.as_str() } else { "... " };
-            match self.editor.readline(prompt) {
-                Ok(line) => {
-                    interrupted = false;
-                    let opening = message.is_empty();
-                    message.push_str(&line);
-                    message.push('\n');
-                    match Block::of(&message) {
-                        Block::Open => continue,
-                        Block::Closed(text) => {
-                            self.remember(&message);
-                            return Ok(Some(text));
-                        }
-                        Block::None => {
-                            debug_assert!(opening);
-                            self.remember(&line);
-                            return Ok(Some(line));
-                        }
-                    }
-                }
-                Err(ReadlineError::Interrupted) if interrupted => return Err(super::interrupted()),
-                Err(ReadlineError::Interrupted) => {
-                    // An unfinished block is dropped; at an empty prompt the next one leaves.
-                    interrupted = message.is_empty();
-                    message.clear();
-                    let note = "Ctrl-C again leaves, as does Ctrl-D.";
-                    eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
-                }
-                Err(ReadlineError::Eof) => return Ok(None),
-                Err(error) => return Err(failed(&error)),
-            }
-        }
-    }
-
-    /// Appends to the history, as far as there can be one.
-    fn remember(&mut self, line: &str) {
-        let line = line.trim_end();
-        if line.is_empty() || !self.editor.add_history_entry(line).unwrap_or(false) {
-            return;
-        }
-        if let Some(file) = history_file() {
-            let folder = file.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let _ = folder.is_ok() && self.editor.append_history(&file).is_ok();
-        }
-    }
-}
-
-fn failed(error: &ReadlineError) -> anyhow::Error {
-    gemrun::Error::new(gemrun::Kind::Other, format!("standard input: {error}")).into()
-}
-
-/// A message between `"""` and `"""`.
-#[derive(Debug, PartialEq)]
-enum Block {
-    None,
-    Open,
-    Closed(String),
-}
-
-impl Block {
-    fn of(text: &str) -> Block {
-        let Some(inside) = text.trim_start().strip_prefix("\"\"\"") else { return Block::None };
-        match inside.trim_end().strip_suffix("\"\"\"") {
-            Some(block) => Block::Closed(block.trim_matches('\n').to_string()),
-            None => Block::Open,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -399,15 +214,6 @@ mod tests {
         assert_eq!(Line::parse("/bye"), Line::Exit);
         assert_eq!(Line::parse("/dance now"), Line::Unknown("/dance"));
         assert_eq!(Line::parse("/usr/bin is full"), Line::Say("/usr/bin is full"));
-    }
-
-    #[test]
-    fn blocks() {
-        assert_eq!(Block::of("hello\n"), Block::None);
-        assert_eq!(Block::of("\"\"\"\n"), Block::Open);
-        assert_eq!(Block::of("\"\"\"a\n"), Block::Open);
-        assert_eq!(Block::of("\"\"\"one\"\"\"\n"), Block::Closed("one".into()));
-        assert_eq!(Block::of("\"\"\"\na\n  b\n\"\"\"\n"), Block::Closed("a\n  b".into()));
     }
 
     #[test]
