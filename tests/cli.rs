@@ -86,7 +86,7 @@ fn exit_codes_and_error_lines() {
         (
             &["run", "dem", "x"],
             3,
-            "dem: no such model or file: did you mean demo? known names: 12b, 26b-a4b, 31b, demo, demo-mobile, e2b, e4b; or give a path",
+            "dem: no such model or file: did you mean demo? known names: 12b, 26b-a4b, 31b, demo, demo-mobile, e2b, e2b-mobile, e2b-s, e2b-ud, e4b, e4b-mobile, e4b-s; or give a path",
         ),
         (
             &["show", "31b"],

@@ -24,7 +24,7 @@ const LEVELS: [&[&str]; 12] = [
 ];
 
 /// Crates with a single user: a file, or a folder with the file beside it.
-const OWNED: [(&str, &str); 13] = [
+const OWNED: [(&str, &str); 14] = [
     ("rayon", "team"),
     ("memmap2", "gguf"),
     ("rustix", "machine"),
@@ -32,6 +32,7 @@ const OWNED: [(&str, &str); 13] = [
     ("minijinja_contrib", "template"),
     ("tokenizers", "tokenizer"),
     ("toml", "registry"),
+    ("serde_ignored", "registry"),
     ("safetensors", "convert"),
     ("fancy_regex", "convert"),
     ("clap", "cli"),

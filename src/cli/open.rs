@@ -1,7 +1,7 @@
 //! From a MODEL argument to a loaded model, and the options every command that computes has in common.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -195,9 +195,19 @@ pub fn check_threads(threads: usize) -> Result<usize> {
 pub fn source(model: &OsStr) -> Result<Source> {
     // A name that is not UTF-8 can only be a path.
     match model.to_str() {
-        Some(name) => Registry::builtin()?.find(name, registry::home().as_deref()),
+        Some(name) => {
+            let home = registry::home();
+            registry(home.as_deref())?.find(name, home.as_deref())
+        }
         None => Ok(Source::File(PathBuf::from(model))),
     }
+}
+
+/// The known models. What the user's own table has that nobody knows is said, once.
+pub fn registry(home: Option<&Path>) -> Result<Registry> {
+    let registry = Registry::load(home)?;
+    registry.warnings.iter().for_each(|warning| eprintln_quietly(format_args!("note: {warning}")));
+    Ok(registry)
 }
 
 /// Opens what `model` stands for.

@@ -4,10 +4,10 @@ use std::io::Write;
 
 use gemrun::machine::memory::Memory;
 use gemrun::machine::{self, Root};
-use gemrun::registry::{self, Registry, Source};
+use gemrun::registry::{self, Source};
 
-use super::Result;
 use super::terminal::Style;
+use super::{Result, open};
 
 /// Prints the first-run screen.
 pub fn welcome() -> Result {
@@ -29,9 +29,10 @@ pub fn welcome() -> Result {
 
     let home = registry::home();
     writeln!(out, "Models known by name:")?;
-    for (name, entry) in Registry::builtin()?.models() {
+    let known = open::registry(home.as_deref())?;
+    for (name, entry) in known.models() {
         let size = entry.bytes.map(|bytes| format!("{:>5.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
-        let state = match Registry::builtin()?.find(name, home.as_deref()) {
+        let state = match known.find(name, home.as_deref()) {
             Ok(Source::Embedded(_)) => "built in",
             Ok(Source::File(_)) => "ready",
             Err(_) => "not downloaded",
