@@ -37,7 +37,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use self::program::{Other, Program};
 use self::report::{Figures, Limits, Measured, Report, Samples};
 use super::Result;
-use super::open::{self, Compute, Loaded, check_threads, default_threads};
+use super::open::{self, Compute, CoresArg, Loaded};
 
 /// Measure prompt and generation speed
 #[derive(Args)]
@@ -63,9 +63,11 @@ pub struct Bench {
     /// Tokens in the cache before the test
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
-    /// Threads [default: all this process may use]
+    /// Threads [default: as many as there are fast cores]
     #[arg(short, long, value_name = "N", value_delimiter = ',', env = "GEMRUN_THREADS", hide_env_values = true)]
     threads: Vec<usize>,
+    #[command(flatten)]
+    cores: CoresArg,
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -135,8 +137,7 @@ impl Bench {
         if !(1..=1000).contains(&self.repetitions) {
             return Err(Error::usage(format!("repetitions: {}: expected 1 to 1000", self.repetitions)).into());
         }
-        let threads = if self.threads.is_empty() { vec![default_threads()] } else { self.threads.clone() };
-        threads.iter().try_for_each(|&threads| check_threads(threads).map(drop))?;
+        let threads = self.cores.take(&self.threads)?;
         let tests = self.tests(&threads);
         let load_average = machine::load_average();
         let loaded = self.compute.load(&self.model)?;

@@ -50,7 +50,7 @@ impl Calibrate {
     pub fn run(self) -> Result {
         let text = text::from_file(&self.file)?;
         let numerics = gemrun::weight::Numerics { kernel: self.kernel.choice()?, ..Default::default() };
-        let mut team = Team::new(self.threads.count()?)?;
+        let mut team = Team::new(self.threads.take()?)?;
         let gguf = open::gguf(&self.model)?;
         let tokenizer = open::tokenizer(&gguf)?;
         let context = Config::from_gguf(&gguf)?.context;

@@ -65,6 +65,8 @@ struct Report {
     /// The kernel or instruction set that somebody asked for.
     asked: Option<String>,
     threads: usize,
+    /// Processors that these threads may use, where they are this computer's.
+    used: Option<Vec<usize>>,
     bandwidth: Option<Bandwidth>,
     /// Products of bytes a second, with all threads.
     int8: Option<f64>,
@@ -92,14 +94,15 @@ struct Place {
 
 impl Doctor {
     pub fn run(self) -> Result {
-        let (choice, threads) = (self.kernel.choice()?, self.threads.count()?);
+        let allowed = Cores::read(&Root::system()).allowed;
+        let (choice, threads) = (self.kernel.choice()?, self.threads.take()?);
         let directory = registry::home().map(|home| home.join("models"));
         let packed = match (&self.root, registry::home()) {
             (None, Some(home)) => pack::list(&home),
             _ => Vec::new(),
         };
         // Memory is read first, so that frequencies and temperatures are those of a machine at work.
-        let (bandwidth, int8, root, place) = match self.root {
+        let (bandwidth, int8, root, place) = match &self.root {
             None => {
                 let root = Root::system();
                 let bandwidth = bandwidth(&root, threads)?;
@@ -113,8 +116,10 @@ impl Doctor {
                 (None, None, root, place)
             }
         };
-        let machine = Machine::read(&root);
-        let report = Report { machine, choice, asked: self.kernel.asked(), threads, bandwidth, int8, place, packed };
+        let mut machine = Machine::read(&root);
+        let used = self.root.is_none().then(|| std::mem::replace(&mut machine.cores.allowed, allowed));
+        let report =
+            Report { machine, choice, asked: self.kernel.asked(), threads, used, bandwidth, int8, place, packed };
         let mut out = std::io::stdout().lock();
         if self.json {
             writeln!(out, "{:#}", report.json())?;
@@ -181,7 +186,9 @@ impl Report {
         for cluster in &machine.cores.clusters {
             line("cores", cluster_text(cluster))?;
         }
-        line("threads", format!("{}{}", self.threads, allowance(&machine.cores)))?;
+        let used = self.used.as_ref().filter(|used| used.len() < machine.cores.cpus());
+        let used = used.map(|used| format!(" on cpus {}", ranges(used))).unwrap_or_default();
+        line("threads", format!("{}{used}{}", self.threads, allowance(&machine.cores)))?;
         let features: Vec<&str> = found_features().collect();
         line("features", features.join(" "))?;
         let better: Vec<String> = self.better().iter().map(|(isa, why)| format!("not {}: {why}", isa.name())).collect();
@@ -276,6 +283,7 @@ impl Report {
             "asked_for": self.asked,
             "better_isas_not_used": better,
             "threads": self.threads,
+            "used_cpus": self.used,
             "cores": {
                 "cpus": machine.cores.cpus(),
                 "cores": machine.cores.cores(),

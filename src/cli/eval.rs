@@ -246,7 +246,7 @@ struct Runner {
 
 impl Runner {
     fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
-        let (batch, threads) = (compute.batch()?, threads.count()?);
+        let (batch, threads) = (compute.batch()?, threads.take()?);
         let loaded = compute.load(model)?;
         let kv = compute.kv().unwrap_or(KvType::F32);
         let batch = batch.unwrap_or(loaded.model.batch());

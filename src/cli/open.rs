@@ -20,24 +20,50 @@ use gemrun::tokenizer::Tokenizer;
 use gemrun::weight::{Act, Numerics};
 use gemrun::{Error, Result};
 
-use gemrun::machine;
+use gemrun::machine::Root;
+use gemrun::machine::cores::{Cores, Which, confine};
 use gemrun_simd::Layout;
 
 use super::page_in;
 use super::terminal::eprintln_quietly;
 
-/// `--threads`, which never changes a result.
+/// `--threads` and `--cores`, which never change a result.
 #[derive(Args, Clone)]
 pub struct Threads {
-    /// Threads to compute with [default: all this process may use]
+    /// Threads to compute with [default: as many as there are fast cores]
     #[arg(short, long, value_name = "N", env = "GEMRUN_THREADS", hide_env_values = true)]
     threads: Option<usize>,
+    #[command(flatten)]
+    cores: CoresArg,
 }
 
 impl Threads {
-    /// The number of threads.
-    pub fn count(&self) -> Result<usize> {
-        check_threads(self.threads.unwrap_or_else(default_threads))
+    /// The number of threads. This process is confined to the cores it is to use.
+    pub fn take(&self) -> Result<usize> {
+        self.cores.take(self.threads.as_slice()).map(|threads| threads[0])
+    }
+}
+
+/// `--cores`.
+#[derive(Args, Clone)]
+pub struct CoresArg {
+    /// Cores to compute on: big (the fastest), all, or processors such as 0-3,6 [default: big, if that many threads have
+    /// room there, else all]
+    #[arg(long, value_name = "WHICH")]
+    cores: Option<Which>,
+}
+
+impl CoresArg {
+    /// The `asked` numbers of threads, or one that suits the cores. This process is confined to the cores it is to use.
+    pub fn take(&self, asked: &[usize]) -> Result<Vec<usize>> {
+        asked.iter().try_for_each(|threads| check_threads(*threads).map(drop))?;
+        let cores = Cores::read(&Root::system());
+        let mut chosen = cores.choose(self.cores.as_ref().unwrap_or(&Which::Big))?;
+        if self.cores.is_none() && asked.iter().any(|threads| *threads > chosen.threads) {
+            chosen = cores.choose(&Which::All)?;
+        }
+        confine(&chosen.cpus);
+        Ok(if asked.is_empty() { vec![chosen.threads.min(MAX_THREADS)] } else { asked.to_vec() })
     }
 }
 
@@ -176,11 +202,6 @@ impl Compute {
     pub fn numerics(&self) -> Result<Numerics> {
         Ok(Numerics { act: self.act.act(), kernel: self.kernel.choice()?, ..Numerics::default() })
     }
-}
-
-/// The threads used where nothing else is asked for: all this process may use.
-pub fn default_threads() -> usize {
-    machine::threads().min(MAX_THREADS)
 }
 
 /// Refuses thread counts no computer has.

@@ -108,7 +108,7 @@ impl Run {
         if self.raw && prompt.is_none() {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
-        let (batch, threads) = (self.compute.batch()?, self.threads.count()?);
+        let (batch, threads) = (self.compute.batch()?, self.threads.take()?);
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
 

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use gemrun::machine::cores::{Cores, Which};
 use gemrun::machine::memory::Memory;
 use gemrun::machine::{self, Root};
 use gemrun::registry::{self, Source};
@@ -16,7 +17,7 @@ pub fn welcome() -> Result {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{bold}gemrun {}{plain}  Gemma 4 on the CPU, from GGUF files", env!("CARGO_PKG_VERSION"))?;
     writeln!(out)?;
-    let threads = machine::threads();
+    let threads = Cores::read(&Root::system()).choose(&Which::Big)?.threads;
     let isa = gemrun_simd::Isa::best().name();
     writeln!(out, "  cpu     {}, {threads} thread{}, {isa}", machine::cpu_name(), if threads == 1 { "" } else { "s" })?;
     if let Some(memory) = Memory::read(&Root::system()) {

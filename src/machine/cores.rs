@@ -2,11 +2,13 @@
 //!
 //! The one idea: processors of the same design, frequency domain and speed form a [`Cluster`]. Speed is `cpu_capacity`
 //! where the kernel gives it (ARM), else the highest frequency; x86 hybrids also say themselves which cores are which.
-//! Nothing is pinned or chosen here.
+//! [`Cores::choose`] picks the processors to compute on, [`confine`] keeps the calling thread and those it will start to them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
 
-use super::{Root, field, list};
+use super::{Root, field, list, ranges};
+use crate::{Error, Result};
 
 /// The processors of a computer.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +30,8 @@ pub struct Cluster {
     pub cpus: Vec<usize>,
     /// Physical cores; fewer than processors where a core runs two threads.
     pub cores: usize,
+    /// The first processor of the core that each of `cpus` belongs to.
+    pub core_of: Vec<usize>,
     /// `cpu_capacity`: 1024 for the fastest processor of a computer.
     pub capacity: Option<u32>,
     /// Highest frequency of the hardware, in kHz.
@@ -40,6 +44,43 @@ pub struct Cluster {
     pub governor: Option<String>,
     /// See `governor`.
     pub driver: Option<String>,
+}
+
+/// Which processors to compute on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Which {
+    /// Those of the fastest cores; see [`Cores::choose`].
+    #[default]
+    Big,
+    /// All that this process may use.
+    All,
+    /// These.
+    List(Vec<usize>),
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    /// `big`, `all`, or numbers such as `0-3,6`.
+    fn from_str(text: &str) -> std::result::Result<Which, String> {
+        match (text.trim(), list(text)) {
+            ("big", _) => Ok(Which::Big),
+            ("all", _) => Ok(Which::All),
+            (_, cpus) if !cpus.is_empty() => {
+                Ok(Which::List(cpus.into_iter().collect::<BTreeSet<_>>().into_iter().collect()))
+            }
+            _ => Err("expected big, all, or processors such as 0-3,6".into()),
+        }
+    }
+}
+
+/// Processors to compute on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chosen {
+    /// Their numbers; empty where nobody knows them.
+    pub cpus: Vec<usize>,
+    /// As many threads as make use of them: one a physical core, and no more than the time a container may use.
+    pub threads: usize,
 }
 
 /// One processor, before it is known what it is like.
@@ -58,6 +99,14 @@ struct Processor {
 /// Speeds within this share of the fastest of a group count as the same: single cores of a desktop processor are often
 /// allowed a little more than others.
 const ALIKE: f64 = 0.85;
+/// Cores of this share of the fastest one's speed help it; see [`Cores::choose`].
+const NEAR: f64 = 0.6;
+/// Cores that need no help of slower ones.
+const ENOUGH: usize = 4;
+
+/// What x86 hybrids call their slow cores, and the fast ones.
+const EFFICIENT: &str = "efficiency cores";
+const PERFORMANCE: &str = "performance cores";
 
 impl Cores {
     /// What can be read below `root`.
@@ -78,9 +127,9 @@ impl Cores {
                     number,
                     part: parts.get(&number).cloned(),
                     hybrid: if fast.contains(&number) {
-                        Some("performance cores")
+                        Some(PERFORMANCE)
                     } else if slow.contains(&number) {
-                        Some("efficiency cores")
+                        Some(EFFICIENT)
                     } else {
                         None
                     },
@@ -106,6 +155,91 @@ impl Cores {
     pub fn cores(&self) -> usize {
         self.clusters.iter().map(|cluster| cluster.cores).sum()
     }
+}
+
+impl Cores {
+    /// The processors to compute on. Big ones are the fastest clusters and, while those have fewer than four cores, the next
+    /// ones if they are at least [`NEAR`] as fast: a phone's single prime core is no team, and a slower core that claims fewer
+    /// parts of the work still helps; one of a third of the speed is what the others end up waiting for.
+    ///
+    /// # Errors
+    /// If a list names a processor that this process may not use.
+    pub fn choose(&self, which: &Which) -> Result<Chosen> {
+        let may = |cpu: &usize| self.allowed.is_empty() || self.allowed.contains(cpu);
+        // Processors of a cluster that may be used, and how many cores those are.
+        let usable = |cluster: &Cluster| {
+            let pairs = cluster.cpus.iter().zip(&cluster.core_of).filter(|(cpu, _)| may(cpu));
+            let (cpus, cores): (Vec<usize>, BTreeSet<usize>) = pairs.unzip();
+            (cpus, cores.len())
+        };
+        let clusters = self.clusters.iter().map(|cluster| (cluster, usable(cluster)));
+        let clusters: Vec<_> = clusters.filter(|(_, (cpus, _))| !cpus.is_empty()).collect();
+        let all: Vec<usize> = clusters.iter().flat_map(|(_, (cpus, _))| cpus.clone()).collect();
+        let (mut cpus, cores) = match which {
+            Which::List(list) => {
+                if let Some(cpu) = list.iter().find(|cpu| !may(cpu) || !all.is_empty() && !all.contains(cpu)) {
+                    let expected = if all.is_empty() { ranges(&self.allowed) } else { ranges(&sorted(all)) };
+                    return Err(Error::usage(format!("cores: {cpu}: expected some of {expected}")));
+                }
+                (list.clone(), list.len())
+            }
+            Which::All => (all, clusters.iter().map(|(_, (_, cores))| cores).sum()),
+            Which::Big => {
+                let (mut cpus, mut cores) = (Vec::new(), 0);
+                for (cluster, (its_cpus, its_cores)) in &clusters {
+                    let speed = cluster.speed_beside(clusters[0].0);
+                    if speed >= ALIKE || speed >= NEAR && cores < ENOUGH {
+                        cpus.extend(its_cpus);
+                        cores += its_cores;
+                    }
+                }
+                (cpus, cores)
+            }
+        };
+        cpus.sort_unstable();
+        let cores = if cores == 0 { super::threads() } else { cores };
+        let quota = self.quota.map_or(usize::MAX, |quota| (quota as usize).max(1));
+        Ok(Chosen { cpus, threads: cores.min(quota) })
+    }
+}
+
+fn sorted(mut numbers: Vec<usize>) -> Vec<usize> {
+    numbers.sort_unstable();
+    numbers
+}
+
+impl Cluster {
+    /// How fast its cores are beside those of `other`: 1 is as fast. What nobody tells apart is as fast, but for efficiency
+    /// cores.
+    fn speed_beside(&self, other: &Cluster) -> f64 {
+        let ratio = |mine: Option<f64>, its: Option<f64>| Some(mine? / its?);
+        let capacity = |c: &Cluster| c.capacity.map(f64::from);
+        let frequency = |c: &Cluster| c.max_khz.map(|khz| khz as f64);
+        let ratio = ratio(capacity(self), capacity(other)).or_else(|| ratio(frequency(self), frequency(other)));
+        // A hybrid's frequencies lie closer together than its speeds.
+        let slower = self.is_efficient() && !other.is_efficient();
+        ratio.unwrap_or(1.0).min(if slower { ALIKE - f64::EPSILON } else { f64::INFINITY })
+    }
+
+    fn is_efficient(&self) -> bool {
+        self.name.as_deref() == Some(EFFICIENT)
+    }
+}
+
+/// Confines the calling thread, and the threads that it will start, to `cpus`. Nothing happens where that is not possible: it
+/// is a matter of speed alone.
+pub fn confine(cpus: &[usize]) {
+    #[cfg(target_os = "linux")]
+    {
+        let mut set = rustix::thread::CpuSet::new();
+        let fits = cpus.iter().filter(|cpu| **cpu < rustix::thread::CpuSet::MAX_CPU);
+        fits.for_each(|cpu| set.set(*cpu));
+        if set.count() > 0 {
+            let _ = rustix::thread::sched_setaffinity(None, &set);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = cpus;
 }
 
 /// `related_cpus` separates by spaces what other lists separate by commas.
@@ -135,7 +269,7 @@ fn clusters(root: &Root, processors: Vec<Processor>) -> Vec<Cluster> {
     let mut groups = BTreeMap::<_, Vec<Processor>>::new();
     for processor in processors {
         // Efficiency cores sort behind performance cores, if no speed does it.
-        let slow = processor.hybrid == Some("efficiency cores");
+        let slow = processor.hybrid == Some(EFFICIENT);
         let key = (tier(&processor), slow, processor.domain, processor.part.clone());
         groups.entry(key).or_default().push(processor);
     }
@@ -150,6 +284,7 @@ fn cluster(root: &Root, group: &[Processor]) -> Cluster {
     Cluster {
         name: group[0].hybrid.map(str::to_string).or_else(|| group[0].part.clone()),
         cores: group.iter().map(|p| p.core).collect::<BTreeSet<_>>().len(),
+        core_of: group.iter().map(|p| p.core).collect(),
         capacity: group.iter().filter_map(|p| p.capacity).max(),
         max_khz: group.iter().filter_map(|p| p.max_khz).max(),
         limit_khz: highest("scaling_max_freq"),
@@ -237,5 +372,98 @@ mod tests {
                     0x61\nCPU part\t: 0x22\n\nprocessor\t: 2\nCPU part\t: x\n\nHardware\t: BCM2835\n";
         let parts = parts(info);
         assert_eq!((parts.len(), parts[&0].as_str(), parts[&1].as_str()), (2, "Cortex-A76", "ARM core 0x61/0x22"));
+    }
+
+    /// Name, processors, capacity, highest frequency.
+    type Group = (&'static str, std::ops::Range<usize>, Option<u32>, Option<u64>);
+
+    /// Clusters of cores with so many hardware threads each.
+    fn cores(clusters: &[Group], threads: usize) -> Cores {
+        let cluster = |(name, cpus, capacity, khz): &Group| Cluster {
+            name: Some(name.to_string()),
+            cpus: cpus.clone().collect(),
+            cores: cpus.len() / threads,
+            core_of: cpus.clone().map(|cpu| cpu / threads * threads).collect(),
+            capacity: *capacity,
+            max_khz: *khz,
+            ..Cluster::default()
+        };
+        Cores { clusters: clusters.iter().map(cluster).collect(), ..Cores::default() }
+    }
+
+    fn big(cores: &Cores) -> (String, usize) {
+        let chosen = cores.choose(&Which::Big).unwrap();
+        (ranges(&chosen.cpus), chosen.threads)
+    }
+
+    #[test]
+    fn the_fastest_cores_are_chosen() {
+        let rk3588 = cores(
+            &[
+                ("Cortex-A76", 4..6, Some(1024), None),
+                ("Cortex-A76", 6..8, Some(1010), None),
+                ("Cortex-A55", 0..4, Some(390), None),
+            ],
+            1,
+        );
+        assert_eq!(big(&rk3588), ("4-7".into(), 4));
+        // One prime core, three fast ones, four small ones.
+        let phone = cores(
+            &[
+                ("Cortex-X1", 7..8, Some(1024), None),
+                ("Cortex-A78", 4..7, Some(800), None),
+                ("Cortex-A55", 0..4, Some(250), None),
+            ],
+            1,
+        );
+        assert_eq!(big(&phone), ("4-7".into(), 4));
+        // Two fast cores of two threads each; eight slower ones, which two are too few without.
+        let hybrid = |fast: usize| {
+            let mut hybrid = cores(&[(PERFORMANCE, 0..2 * fast, None, Some(4_800_000))], 2);
+            hybrid.clusters.extend(cores(&[(EFFICIENT, 2 * fast..2 * fast + 8, None, Some(4_500_000))], 1).clusters);
+            hybrid
+        };
+        assert_eq!(big(&hybrid(2)), ("0-11".into(), 10));
+        assert_eq!(big(&hybrid(6)), ("0-11".into(), 6));
+        assert_eq!(hybrid(6).choose(&Which::All).unwrap().threads, 14);
+        // Nobody knows anything.
+        let unknown = Cores::default();
+        assert_eq!(big(&unknown), (String::new(), super::super::threads()));
+    }
+
+    #[test]
+    fn what_a_process_may_use_is_all_there_is() {
+        let mut laptop = cores(&[("x", 0..8, None, None)], 2);
+        assert_eq!(big(&laptop), ("0-7".into(), 4));
+        laptop.allowed = vec![0, 1, 5];
+        assert_eq!(big(&laptop), ("0-1,5".into(), 2));
+        laptop.quota = Some(1.5);
+        assert_eq!(big(&laptop), ("0-1,5".into(), 1));
+        laptop.quota = Some(0.5);
+        assert_eq!(laptop.choose(&Which::All).unwrap().threads, 1);
+        let listed = laptop.choose(&"5,0".parse().unwrap()).unwrap();
+        assert_eq!((listed.cpus.as_slice(), listed.threads), ([0, 5].as_slice(), 1));
+        let error = laptop.choose(&Which::List(vec![0, 3])).unwrap_err().to_string();
+        assert_eq!(error, "cores: 3: expected some of 0-1,5");
+        assert_eq!(("big".parse(), "all".parse()), (Ok(Which::Big), Ok(Which::All)));
+        for nonsense in ["", "small", "0-", "3-1"] {
+            assert!(nonsense.parse::<Which>().is_err(), "{nonsense}");
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_thread_stays_where_it_was_confined_to() {
+        std::thread::spawn(|| {
+            let first = rustix::thread::sched_getaffinity(None).unwrap();
+            let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|cpu| first.is_set(*cpu)).unwrap();
+            confine(&[]);
+            assert_eq!(rustix::thread::sched_getaffinity(None).unwrap(), first);
+            confine(&[cpu]);
+            let now = std::thread::spawn(|| rustix::thread::sched_getaffinity(None).unwrap()).join().unwrap();
+            assert!(now.is_set(cpu) && now.count() == 1);
+        })
+        .join()
+        .unwrap();
     }
 }
