@@ -89,6 +89,12 @@ struct MoeState {
     slots: Vec<f32>,              // (tokens, used, dim) weighted expert outputs
 }
 
+/// The widest queries, keys (or values) and hidden layer of a feed-forward network.
+fn widths(c: &Config) -> (usize, usize, usize) {
+    let widest = |width: fn(&LayerConfig) -> usize| c.layers.iter().map(width).max().unwrap_or(0);
+    (widest(|l| l.heads * l.head_dim), widest(|l| l.kv_heads * l.head_dim), widest(|l| l.ff.max(l.expert_ff)))
+}
+
 impl State {
     /// Buffers for chunks of at most `batch` tokens and an empty cache for `context` positions.
     pub fn new(model: &Model, kv: KvType, context: usize, batch: usize) -> Result<State> {
@@ -97,9 +103,7 @@ impl State {
             return Err(Error::usage(format!("context: {context}: expected 1 to the model's {}", c.context)));
         }
         let batch = batch.clamp(1, context);
-        let widest = |width: fn(&LayerConfig) -> usize| c.layers.iter().map(width).max().unwrap_or(0);
-        let (q, k) = (widest(|l| l.heads * l.head_dim), widest(|l| l.kv_heads * l.head_dim));
-        let ff = widest(|l| l.ff.max(l.expert_ff));
+        let (q, k, ff) = widths(c);
         let buffer = |width: usize| vec![0.0; batch * width];
         let moe = match c.experts {
             None => MoeState::default(),
@@ -137,6 +141,17 @@ impl State {
             logits: Vec::new(),
             maxima: Vec::new(),
         })
+    }
+
+    /// Bytes of the buffers, the cache left out, when a chunk of `batch` tokens has been computed at the end of `context`.
+    pub fn buffer_bytes(c: &Config, context: usize, batch: usize) -> usize {
+        let batch = batch.clamp(1, context.max(1));
+        let (q, k, ff) = widths(c);
+        let experts = c.experts.map_or(0, |experts| (3 + experts.used) * c.dim + experts.count);
+        let embedded = c.ple * (2 * c.layers.len() + 1);
+        // Inputs of matrices are kept as integers and as sums of them beside the floats they were.
+        let floats = 2 * (3 * c.dim + 2 * q + 2 * k + 2 * ff) + experts + embedded;
+        4 * (batch * floats + c.vocab)
     }
 
     /// The most tokens one call of [`forward`] takes.

@@ -6,6 +6,7 @@ pub mod channel;
 pub mod config;
 pub mod convert;
 pub mod error;
+pub mod fit;
 pub mod forward;
 pub mod gguf;
 pub mod kv;

@@ -66,6 +66,8 @@ pub struct Entry {
     pub file: Option<String>,
     /// Size of the complete file.
     pub bytes: Option<u64>,
+    /// Bytes of weights that each generated token reads.
+    pub hot_bytes: Option<u64>,
     /// SHA-256 of the complete file, in hex.
     pub sha256: Option<String>,
     /// SHA-256 of earlier uploads of the same file.

@@ -438,3 +438,24 @@ fn an_interrupt_ends_one_answer_with_130() {
     child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     assert_eq!(stderr, "");
 }
+
+/// A model is weighed before it is run: what it needs, what there is, and a way out.
+#[test]
+fn what_does_not_fit_is_refused() {
+    let asks = |more: &[&str]| run(&[&["run", "demo", "hi", "-n", "2", "--mem-limit"], more].concat());
+    let message = error(asks(&["4M"]), 4);
+    assert!(message.starts_with("demo: needs ") && message.contains("are available: "), "{message}");
+    assert!(message.ends_with("or --allow-paging, where each token waits for the disk"), "{message}");
+    ok(asks(&["4M", "--allow-paging"]));
+    ok(asks(&["1G"]));
+    assert!(error(asks(&["much"]), 2).contains("expected a size such as 3G or 800M"));
+
+    // What bench and eval need is known before they begin, too.
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("logits");
+    let limited = ["--mem-limit", "4M"];
+    let logits = ["eval", "logits", "demo", "--tokens", "2,3", "-o", file.to_str().unwrap()];
+    error(run(&[logits.as_slice(), &limited].concat()), 4);
+    assert!(!file.exists());
+    error(run(&[["bench", "demo", "-p", "8", "-n", "0", "-r", "1"].as_slice(), &limited].concat()), 4);
+}

@@ -17,7 +17,7 @@ const LEVELS: [&[&str]; 12] = [
     &["ops", "kv", "model"],
     &["attend"],
     &["tokenizer", "sample", "forward"],
-    &["template", "channel", "windows"],
+    &["template", "channel", "windows", "fit"],
     &["calibrate"],
     &["session", "registry", "convert"],
     &["lib"],

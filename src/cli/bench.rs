@@ -150,6 +150,7 @@ impl Bench {
             let error = format!("{longest} tokens with depth: expected at most {trained}, the model's context");
             return Err(Error::usage(error).into());
         }
+        self.compute.check_fit(&loaded, kv, longest.max(1), batch)?;
 
         let bar = bar(tests.len() * self.runs(&programs));
         let rows: gemrun::Result<Vec<Measured>> = tests

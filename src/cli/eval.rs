@@ -73,7 +73,8 @@ struct Logits {
 
 impl Logits {
     fn run(self) -> Result {
-        let Runner { loaded, mut team, kv, batch } = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let Runner { loaded, mut team, kv, batch } =
+            Runner::new(&self.model, &self.threads, &self.compute, self.tokens.len())?;
         let model = &loaded.model;
         check_context(model, self.tokens.len(), &format!("{} tokens", self.tokens.len()))?;
         if let Some(id) = self.tokens.iter().find(|&&id| id as usize >= model.config.vocab) {
@@ -128,7 +129,7 @@ struct Ppl {
 impl Ppl {
     fn run(self) -> Result {
         let text = text::from_file(&self.file)?;
-        let mut runner = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let mut runner = Runner::new(&self.model, &self.threads, &self.compute, self.ctx)?;
         let tokens = runner.tokens(&text, self.ctx, &self.file)?;
         let mut nll = 0.0;
         let bar = progress(tokens.len());
@@ -185,9 +186,9 @@ struct Kl {
 impl Kl {
     fn run(self) -> Result {
         let text = text::from_file(&self.file)?;
-        let mut runner = Runner::new(&self.model, &self.threads, &self.compute)?;
+        let mut runner = Runner::new(&self.model, &self.threads, &self.compute, self.ctx)?;
         let base_compute = self.compute.with(self.base_act, self.base_kv);
-        let mut base = Runner::new(&self.base, &self.threads, &base_compute)?;
+        let mut base = Runner::new(&self.base, &self.threads, &base_compute, self.ctx)?;
         let tokens = runner.tokens(&text, self.ctx, &self.file)?;
         if tokens != base.tokens(&text, self.ctx, &self.file)? || runner.vocab() != base.vocab() {
             let (name, base) = (runner.loaded.gguf.name(), base.loaded.gguf.name());
@@ -245,11 +246,13 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(model: &OsString, threads: &Threads, compute: &Compute) -> gemrun::Result<Runner> {
+    /// For windows of `context` tokens.
+    fn new(model: &OsString, threads: &Threads, compute: &Compute, context: usize) -> gemrun::Result<Runner> {
         let (batch, threads) = (compute.batch()?, threads.take()?);
         let loaded = compute.load(model)?;
         let kv = compute.kv().unwrap_or(KvType::F32);
         let batch = batch.unwrap_or(loaded.model.batch());
+        compute.check_fit(&loaded, kv, context.clamp(1, loaded.model.config.context), batch)?;
         Ok(Runner { loaded, team: Team::new(threads)?, kv, batch })
     }
 

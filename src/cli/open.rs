@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use gemrun::calibrate;
 use gemrun::config::Config;
+use gemrun::fit::{self, Fit, Need};
 use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
@@ -18,10 +19,10 @@ use gemrun::team::MAX_THREADS;
 use gemrun::template::Template;
 use gemrun::tokenizer::Tokenizer;
 use gemrun::weight::{Act, Numerics};
-use gemrun::{Error, Result};
+use gemrun::{Error, Kind, Result};
 
-use gemrun::machine::Root;
 use gemrun::machine::cores::{Cores, Which, confine};
+use gemrun::machine::{self, Root};
 use gemrun_simd::Layout;
 
 use super::page_in;
@@ -110,6 +111,29 @@ pub struct Compute {
     /// Read the file alone, not its packed copy; slower, same results
     #[arg(long)]
     no_packed: bool,
+    /// Plan with at most so much memory, such as 3G or 800M [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    mem_limit: Option<u64>,
+    /// Run a model that does not fit in memory: each token then waits for the disk
+    #[arg(long)]
+    allow_paging: bool,
+}
+
+/// Bytes, in binary units: `3G`, `1.5GiB`, `800M`.
+fn size(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
+        "" => Some(1.0),
+        "k" => Some(1024.0),
+        "m" => Some(1024.0 * 1024.0),
+        "g" => Some(1024.0 * 1024.0 * 1024.0),
+        _ => None,
+    };
+    let number: Option<f64> = digits.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    match (number, unit) {
+        (Some(number), Some(unit)) => Ok((number * unit) as u64),
+        _ => Err("expected a size such as 3G or 800M".into()),
+    }
 }
 
 /// `--kv`.
@@ -188,14 +212,69 @@ impl Compute {
             ("--act", Some(self.act().to_string())),
             ("--static", self.scales.as_ref().map(|path| path.display().to_string())),
             ("--batch", self.batch.map(|batch| batch.to_string())),
+            ("--mem-limit", self.mem_limit.map(|bytes| bytes.to_string())),
         ];
         let options = options.into_iter().filter_map(|(name, value)| Some([name.to_string(), value?])).flatten();
-        options.chain(self.no_packed.then(|| "--no-packed".to_string())).collect()
+        let flags = [("--no-packed", self.no_packed), ("--allow-paging", self.allow_paging)];
+        options.chain(flags.into_iter().filter(|(_, set)| *set).map(|(name, _)| name.to_string())).collect()
     }
 
     /// The name of the activation mode.
     pub fn act(&self) -> &'static str {
         self.act.name()
+    }
+
+    /// Bytes of memory to plan with, where that is known.
+    fn usable_memory(&self) -> Option<u64> {
+        let available = machine::usable_memory();
+        self.mem_limit.map_or(available, |limit| Some(available.map_or(limit, |available| available.min(limit))))
+    }
+
+    /// The context to hold where none is asked for.
+    pub fn context(&self, loaded: &Loaded, kv: KvType, batch: usize) -> usize {
+        fit::context(&loaded.model, kv, batch, self.usable_memory())
+    }
+
+    /// Refuses what does not fit in memory with a cache for `context` tokens, unless that is asked for. What fits in part is
+    /// said to.
+    pub fn check_fit(&self, loaded: &Loaded, kv: KvType, context: usize, batch: usize) -> Result<()> {
+        let Some(usable) = self.usable_memory() else { return Ok(()) };
+        let (model, name) = (&loaded.model, loaded.gguf.name());
+        let need = Need::of(model, kv, context, batch);
+        match need.fit(usable) {
+            Fit::Fits => Ok(()),
+            Fit::Pages => {
+                let name = gemrun::error::printable(name);
+                eprintln_quietly(format_args!(
+                    "note: {name}: {} of weights, {} of memory: a token reads {} of them, some from the disk: expect it to be slow",
+                    gib(need.weights),
+                    gib(usable),
+                    gib(need.hot),
+                ));
+                Ok(())
+            }
+            Fit::Refused if self.allow_paging => Ok(()),
+            Fit::Refused => {
+                let least = fit::context(model, kv, batch, Some(0)).min(context);
+                let shorter = Need::of(model, kv, least, batch).fit(usable) != Fit::Refused;
+                let way_out = match shorter {
+                    true => format!("try -c {least}"),
+                    false => smaller(usable, model.bytes_per_token() as u64)?,
+                };
+                Err(Error::new(
+                    Kind::Memory,
+                    format!(
+                        "{name}: needs {} in memory ({} of weights, {} for {context} tokens, {} of buffers): {} are available: \
+                         {way_out}, or --allow-paging, where each token waits for the disk",
+                        gib(need.resident()),
+                        gib(need.hot),
+                        gib(need.cache),
+                        gib(need.other),
+                        gib(usable),
+                    ),
+                ))
+            }
+        }
     }
 
     /// Kernel choice and activation mode; static scales depend on the model and are not there yet.
@@ -210,6 +289,22 @@ pub fn check_threads(threads: usize) -> Result<usize> {
         true => Ok(threads),
         false => Err(Error::usage(format!("threads: {threads}: expected 1 to {MAX_THREADS}"))),
     }
+}
+
+/// `1.5 GiB`, `300 MiB`.
+pub fn gib(bytes: u64) -> String {
+    match bytes as f64 / f64::from(1 << 30) {
+        gib if gib < 0.95 => format!("{:.0} MiB", gib * 1024.0),
+        gib => format!("{gib:.1} GiB"),
+    }
+}
+
+/// What to try instead of a model with `hot` bytes of weights a token, with `usable` bytes of memory.
+fn smaller(usable: u64, hot: u64) -> Result<String> {
+    let registry = Registry::builtin()?;
+    let fitting = registry.models().filter_map(|(name, entry)| Some((entry.hot_bytes?, name)));
+    let best = fitting.filter(|(bytes, _)| *bytes < hot && bytes + bytes / 8 <= usable).max();
+    Ok(best.map_or("close other programs".to_string(), |(_, name)| format!("try gemrun run {name}")))
 }
 
 /// What `model` stands for.

@@ -63,7 +63,7 @@ pub struct Run {
     /// Seed of the random choices [default: a new one each time, shown by --stats]
     #[arg(short, long, value_name = "N")]
     seed: Option<u64>,
-    /// Tokens of conversation to hold [default: 8192, or what the model was made for if that is less]
+    /// Tokens of conversation to hold [default: 32768, or less where the model or memory have no room]
     #[arg(short, long, value_name = "N")]
     ctx: Option<usize>,
     /// System prompt
@@ -98,9 +98,6 @@ enum Think {
     Auto,
 }
 
-/// The context where nothing else is asked for: enough for long chats, little enough for small boards.
-const DEFAULT_CONTEXT: usize = 8192;
-
 impl Run {
     pub fn run(self) -> Result {
         let start = Instant::now();
@@ -114,12 +111,14 @@ impl Run {
 
         let loaded = self.compute.load(&self.model)?;
         let batch = batch.unwrap_or(loaded.model.batch());
-        let context = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(loaded.model.config.context));
+        let kv = self.compute.kv_or_usual(&loaded.model.config);
+        let context = self.ctx.unwrap_or_else(|| self.compute.context(&loaded, kv, batch));
+        self.compute.check_fit(&loaded, kv, context.min(loaded.model.config.context), batch)?;
         let sampling = self.sampling(session::recommended(&loaded.gguf)?);
         let options = Options {
             context,
             batch,
-            kv: self.compute.kv_or_usual(&loaded.model.config),
+            kv,
             threads,
             sampling,
             ignore_stops: self.ignore_eos,
