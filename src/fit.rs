@@ -94,7 +94,6 @@ pub fn context(model: &Model, kv: KvType, batch: usize, usable: Option<u64>) -> 
 mod tests {
     use super::*;
     use crate::gguf::Gguf;
-    use crate::registry::DEMO;
     use crate::weight::Numerics;
 
     #[test]
@@ -110,7 +109,7 @@ mod tests {
 
     #[test]
     fn the_context_follows_the_memory() {
-        let gguf = Gguf::from_static("demo", DEMO).unwrap();
+        let gguf = Gguf::from_static("demo", include_bytes!("demo.gguf")).unwrap();
         let model = Model::load(&gguf, &Numerics::default()).unwrap();
         let trained = model.config.context;
         let chosen = |usable| context(&model, KvType::F16, 64, usable);
