@@ -66,8 +66,6 @@ pub struct Entry {
     pub file: Option<String>,
     /// Size of the complete file.
     pub bytes: Option<u64>,
-    /// Bytes of weights that each generated token reads.
-    pub hot_bytes: Option<u64>,
     /// SHA-256 of the complete file, in hex.
     pub sha256: Option<String>,
     /// SHA-256 of earlier uploads of the same file.
@@ -268,6 +266,13 @@ impl Entry {
     /// Bytes of keys and values for a conversation of `ctx` positions, as f16.
     pub fn kv_bytes(&self, ctx: u64) -> Option<u64> {
         Some(self.kv_window_bytes?.saturating_add(self.kv_bytes_per_token?.saturating_mul(ctx)))
+    }
+
+    /// Bytes of memory that a conversation of `ctx` positions takes, about: weights, keys and values, and what is beside them.
+    pub fn resident_bytes(&self, ctx: u64) -> Option<u64> {
+        /// Buffers and the tokenizer of a large vocabulary.
+        const BESIDE: u64 = 100 << 20;
+        Some(self.hot_bytes?.saturating_add(self.kv_bytes(ctx).unwrap_or(0)).saturating_add(BESIDE))
     }
 
     fn check(&self) -> Result<()> {

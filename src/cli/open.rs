@@ -259,7 +259,7 @@ impl Compute {
                 let shorter = Need::of(model, kv, least, batch).fit(usable) != Fit::Refused;
                 let way_out = match shorter {
                     true => format!("try -c {least}"),
-                    false => smaller(usable, model.bytes_per_token() as u64)?,
+                    false => smaller(usable, need.resident())?,
                 };
                 Err(Error::new(
                     Kind::Memory,
@@ -299,13 +299,16 @@ pub fn gib(bytes: u64) -> String {
     }
 }
 
-/// What to try instead of a model with `hot` bytes of weights a token, with `usable` bytes of memory.
-fn smaller(usable: u64, hot: u64) -> Result<String> {
-    let registry = Registry::builtin()?;
-    let fitting = registry.models().filter_map(|(name, entry)| Some((entry.hot_bytes?, name)));
-    let best = fitting.filter(|(bytes, _)| *bytes < hot && bytes + bytes / 8 <= usable).max();
+/// What to try instead of a model that takes `needed` bytes, with `usable` bytes of memory: the largest known one that fits.
+fn smaller(usable: u64, needed: u64) -> Result<String> {
+    let registry = Registry::load(registry::home().as_deref())?;
+    let fitting = registry.models().filter_map(|(name, entry)| Some((entry.resident_bytes(SHORT)?, name)));
+    let best = fitting.filter(|(bytes, _)| *bytes < needed && *bytes <= usable).max();
     Ok(best.map_or("close other programs".to_string(), |(_, name)| format!("try gemrun run {name}")))
 }
+
+/// A context with which a model is still of use.
+const SHORT: u64 = 2048;
 
 /// What `model` stands for.
 pub fn source(model: &OsStr) -> Result<Source> {
