@@ -33,6 +33,19 @@ pub enum Event<'a> {
     },
 }
 
+/// What the next token would be part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The answer.
+    Answer,
+    /// The word behind `<|channel>`.
+    Name,
+    /// A thought.
+    Thought,
+    /// A tool call.
+    Call,
+}
+
 /// Where in the format the next token stands.
 #[derive(Debug, Clone)]
 enum State {
@@ -93,6 +106,16 @@ impl Channel {
             decoder: Decoder::new(false),
             state: if in_thought { State::Thought(Block::default()) } else { State::Answer },
             after_thought: false,
+        }
+    }
+
+    /// Where the next token stands.
+    pub fn place(&self) -> Place {
+        match self.state {
+            State::Answer => Place::Answer,
+            State::Name { .. } => Place::Name,
+            State::Thought(_) => Place::Thought,
+            State::Call(_) => Place::Call,
         }
     }
 

@@ -9,6 +9,7 @@ pub mod error;
 pub mod fit;
 pub mod forward;
 pub mod gguf;
+pub mod guide;
 pub mod kv;
 pub mod machine;
 pub mod model;

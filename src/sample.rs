@@ -64,6 +64,17 @@ pub fn random_seed() -> u64 {
     hasher.finish() >> 32
 }
 
+/// Which tokens one draw may pick, besides those that never are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Allowed<'a> {
+    /// Any.
+    All,
+    /// Any but these.
+    Without(&'a [u32]),
+    /// Those whose bit is set: of token `id`, bit `id % 32` of word `id / 32`.
+    Among(&'a [u32]),
+}
+
 /// Picks tokens; holds the buffers for it.
 pub struct Sampler {
     sampling: Sampling,
@@ -93,10 +104,15 @@ impl Sampler {
     }
 
     /// How many of the largest logits decide what [`Sampler::sample`] returns; `None` if all do.
-    pub fn deciding(&self) -> Option<usize> {
+    pub fn deciding(&self, allowed: Allowed) -> Option<usize> {
         let Sampling { temperature, top_k, repeat_penalty, .. } = self.sampling;
         let keep = if temperature == 0.0 { 1 } else { top_k };
-        (keep > 0 && repeat_penalty == 1.0).then_some(keep.saturating_add(self.masked.len()))
+        let without = match allowed {
+            Allowed::All => 0,
+            Allowed::Without(tokens) => tokens.len(),
+            Allowed::Among(_) => return None, // the likeliest of those may be anywhere in the order
+        };
+        (keep > 0 && repeat_penalty == 1.0).then_some(keep.saturating_add(self.masked.len() + without))
     }
 
     /// Replaces the seed, e.g. for another try at the same reply.
@@ -104,10 +120,11 @@ impl Sampler {
         self.sampling.seed = seed;
     }
 
-    /// The token for `position`, given the `logits` (vocab) of the position before it and the tokens so far.
+    /// The token for `position`, one of `allowed`, given the `logits` (vocab) of the position before it and the tokens
+    /// so far.
     ///
     /// Logits that are not finite are an error: they come from a damaged file, and no token can be trusted.
-    pub fn sample(&mut self, logits: &[f32], tokens: &[u32], position: usize) -> Result<u32> {
+    pub fn sample(&mut self, logits: &[f32], tokens: &[u32], position: usize, allowed: Allowed) -> Result<u32> {
         if !all_finite(logits) {
             return Err(Error::invalid(format!("non-finite logits at position {position}: damaged model file?")));
         }
@@ -115,16 +132,24 @@ impl Sampler {
         // Adding zero turns -0 into 0, so that equal logits have equal bits.
         self.logits.extend(logits.iter().map(|logit| logit + 0.0));
         self.penalize(&tokens[tokens.len().saturating_sub(PENALTY_WINDOW)..]);
-        for &id in &self.masked {
+        let without = if let Allowed::Without(tokens) = allowed { tokens } else { &[] };
+        for &id in self.masked.iter().chain(without) {
             if let Some(logit) = self.logits.get_mut(id as usize) {
                 *logit = f32::NEG_INFINITY;
+            }
+        }
+        if let Allowed::Among(bits) = allowed {
+            for (id, logit) in self.logits.iter_mut().enumerate() {
+                if bits.get(id / 32).is_none_or(|word| word >> (id % 32) & 1 == 0) {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
         }
 
         let keep = if self.sampling.temperature == 0.0 { 1 } else { self.sampling.top_k };
         largest(&self.logits, keep, &mut self.keys);
         if self.keys.is_empty() {
-            return Err(Error::invalid("every token of the vocabulary is masked: nothing can be sampled"));
+            return Err(Error::invalid("no token of the vocabulary is allowed here: nothing can be sampled"));
         }
         if self.keys.len() == 1 {
             return Ok(id(self.keys[0]));
@@ -379,8 +404,8 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_equal_maxima() {
         let mut greedy = sampler(Sampling { temperature: 0.0, ..Sampling::default() });
-        assert_eq!(greedy.sample(&[0.0, 2.0, -1.0, 2.0], &[], 0).unwrap(), 1);
-        assert_eq!(greedy.sample(&[-0.0, 0.0], &[], 0).unwrap(), 0);
+        assert_eq!(greedy.sample(&[0.0, 2.0, -1.0, 2.0], &[], 0, Allowed::All).unwrap(), 1);
+        assert_eq!(greedy.sample(&[-0.0, 0.0], &[], 0, Allowed::All).unwrap(), 0);
         assert_eq!(argmax(&[]), None);
     }
 
@@ -389,10 +414,33 @@ mod tests {
         let mut sampler =
             Sampler::new(Sampling { top_k: 0, top_p: 1.0, ..Sampling::default() }, [1, 1, 70_000]).unwrap();
         for position in 0..1000 {
-            assert_ne!(sampler.sample(&[0.0, 9.0, 0.0], &[], position).unwrap(), 1);
+            assert_ne!(sampler.sample(&[0.0, 9.0, 0.0], &[], position, Allowed::All).unwrap(), 1);
         }
         let mut nothing_left = Sampler::new(Sampling::default(), [0, 1]).unwrap();
-        assert_eq!(nothing_left.sample(&[0.0, 1.0], &[], 0).unwrap_err().exit_code(), 5);
+        assert_eq!(nothing_left.sample(&[0.0, 1.0], &[], 0, Allowed::All).unwrap_err().exit_code(), 5);
+    }
+
+    #[test]
+    fn a_draw_can_be_narrowed() {
+        let logits: Vec<f32> = (0..70).map(|i| i as f32 / 10.0).collect();
+        let mut sampler =
+            Sampler::new(Sampling { top_k: 3, top_p: 1.0, temperature: 9.0, ..Sampling::default() }, [68]).unwrap();
+        let mut seen = |allowed: Allowed| -> Vec<u32> {
+            let drawn: HashSet<u32> = (0..500).map(|p| sampler.sample(&logits, &[], p, allowed).unwrap()).collect();
+            let mut drawn: Vec<u32> = drawn.into_iter().collect();
+            drawn.sort_unstable();
+            drawn
+        };
+        // Top-k counts what may be drawn.
+        assert_eq!(seen(Allowed::All), [66, 67, 69]);
+        assert_eq!(seen(Allowed::Without(&[67, 66])), [64, 65, 69]);
+        // Bits 1, 31, 33 and 68; words that are missing allow nothing.
+        assert_eq!(seen(Allowed::Among(&[1 << 31 | 2, 2, 1 << 4])), [1, 31, 33]);
+        assert_eq!(seen(Allowed::Among(&[1])), [0]);
+        assert_eq!(sampler.deciding(Allowed::All), Some(4));
+        assert_eq!(sampler.deciding(Allowed::Without(&[67, 66])), Some(6));
+        assert_eq!(sampler.deciding(Allowed::Among(&[1])), None);
+        assert_eq!(sampler.sample(&logits, &[], 0, Allowed::Among(&[])).unwrap_err().exit_code(), 5);
     }
 
     #[test]
@@ -400,7 +448,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut logits = vec![0.0; 5000];
             logits[4999] = bad;
-            let error = sampler(Sampling::default()).sample(&logits, &[], 17).unwrap_err();
+            let error = sampler(Sampling::default()).sample(&logits, &[], 17, Allowed::All).unwrap_err();
             assert_eq!(error.exit_code(), 5);
             assert_eq!(error.to_string(), "non-finite logits at position 17: damaged model file?");
         }
@@ -410,10 +458,10 @@ mod tests {
     fn a_repeated_token_loses_to_its_rival_until_it_leaves_the_window() {
         let sampling = Sampling { temperature: 0.0, repeat_penalty: 1.5, ..Sampling::default() };
         let mut tokens = vec![1];
-        assert_eq!(sampler(sampling).sample(&[2.0, 2.5], &tokens, 1).unwrap(), 0);
-        assert_eq!(sampler(sampling).sample(&[-2.0, -1.5], &tokens, 1).unwrap(), 0);
+        assert_eq!(sampler(sampling).sample(&[2.0, 2.5], &tokens, 1, Allowed::All).unwrap(), 0);
+        assert_eq!(sampler(sampling).sample(&[-2.0, -1.5], &tokens, 1, Allowed::All).unwrap(), 0);
         tokens.extend([2; PENALTY_WINDOW]);
-        assert_eq!(sampler(sampling).sample(&[2.0, 2.5], &tokens, 65).unwrap(), 1);
+        assert_eq!(sampler(sampling).sample(&[2.0, 2.5], &tokens, 65, Allowed::All).unwrap(), 1);
     }
 
     #[test]
@@ -465,7 +513,7 @@ mod tests {
             let n = 40_000;
             let mut counts = [0.0f64; 4];
             for position in 0..n {
-                counts[sampler.sample(&logits, &[], position).unwrap() as usize] += 1.0;
+                counts[sampler.sample(&logits, &[], position, Allowed::All).unwrap() as usize] += 1.0;
             }
             let weights = logits.map(|logit| libm::exp(f64::from(logit / temperature)));
             let total: f64 = weights.iter().sum();
@@ -485,7 +533,8 @@ mod tests {
         let logits: Vec<f32> = (0..10).map(|i| -(i as f32) * std::f32::consts::LN_2).collect();
         for (top_p, kept) in [(0.0, 1), (0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 10)] {
             let mut sampler = sampler(Sampling { top_p, top_k: 0, temperature: 50.0, ..Default::default() });
-            let seen: HashSet<u32> = (0..2000).map(|p| sampler.sample(&logits, &[], p).unwrap()).collect();
+            let seen: HashSet<u32> =
+                (0..2000).map(|p| sampler.sample(&logits, &[], p, Allowed::All).unwrap()).collect();
             assert_eq!(seen, (0..kept).collect(), "top-p {top_p}");
         }
     }
@@ -496,7 +545,8 @@ mod tests {
         for (min_p, kept) in [(0.0, 10), (0.2, 3), (0.3, 2), (0.6, 1), (1.0, 1)] {
             let sampling = Sampling { min_p, top_p: 1.0, top_k: 0, temperature: 50.0, ..Default::default() };
             let mut sampler = sampler(sampling);
-            let seen: HashSet<u32> = (0..2000).map(|p| sampler.sample(&logits, &[], p).unwrap()).collect();
+            let seen: HashSet<u32> =
+                (0..2000).map(|p| sampler.sample(&logits, &[], p, Allowed::All).unwrap()).collect();
             assert_eq!(seen, (0..kept).collect(), "min-p {min_p}");
         }
     }
@@ -540,9 +590,9 @@ mod tests {
         ) {
             let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty, seed };
             let mut sampler = Sampler::new(sampling, masked.clone()).unwrap();
-            let token = sampler.sample(&logits, &tokens, position).unwrap();
+            let token = sampler.sample(&logits, &tokens, position, Allowed::All).unwrap();
             prop_assert_eq!(token, naive(&sampling, &masked, &logits, &tokens, position));
-            prop_assert_eq!(token, sampler.sample(&logits, &tokens, position).unwrap());
+            prop_assert_eq!(token, sampler.sample(&logits, &tokens, position, Allowed::All).unwrap());
         }
     }
 }

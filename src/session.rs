@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::channel::{self, Channel};
+use crate::channel::{self, Channel, Place};
 use crate::forward::{State, Want, forward};
 use crate::gguf::Gguf;
+use crate::guide::{Guide, Next, Rules, Schema};
 use crate::kv::KvType;
 use crate::model::Model;
 use crate::sample::{Sampler, Sampling};
@@ -40,6 +41,12 @@ pub struct Options {
     pub ignore_stops: bool,
     /// Ask the model to think before it answers.
     pub think: bool,
+    /// Tokens of thought at most; then the thought is closed and the answer begins.
+    pub think_budget: Option<usize>,
+    /// Declarations of tools the model may call, in OpenAI's form.
+    pub tools: Vec<Value>,
+    /// What every answer must be.
+    pub schema: Option<Schema>,
     /// The system prompt.
     pub system: Option<String>,
 }
@@ -107,10 +114,23 @@ impl End {
 pub struct Reply {
     /// The answer without thoughts and markers.
     pub answer: String,
+    /// What the model thought.
+    pub thought: String,
+    /// The tools it wants to be run; [`Session::reply_to_calls`] goes on with what they returned.
+    pub calls: Vec<Call>,
     /// Why it ended.
     pub end: End,
     /// What it cost.
     pub usage: Usage,
+}
+
+/// A tool call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Call {
+    /// The tool.
+    pub name: String,
+    /// An object.
+    pub arguments: Value,
 }
 
 /// Tokens and times of a reply.
@@ -185,7 +205,7 @@ pub struct Session<'m> {
     options: Options,
     /// The tokens whose keys and values are in the cache.
     held: Vec<u32>,
-    /// User and assistant messages, as the template wants them.
+    /// Messages of user, assistant and tools, as the template wants them.
     messages: Vec<Value>,
 }
 
@@ -232,7 +252,7 @@ impl<'m> Session<'m> {
         self.state.kv.bytes(self.held.len())
     }
 
-    /// User and assistant messages so far.
+    /// Messages of user, assistant and tools so far.
     pub fn messages(&self) -> usize {
         self.messages.len()
     }
@@ -269,18 +289,67 @@ impl<'m> Session<'m> {
         interrupt: &AtomicBool,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
-        let start = Instant::now();
+        let before = self.messages.len();
+        self.answer_calls(&[]);
         self.messages.push(json!({ "role": "user", "content": prompt }));
+        let (reply, said) = self.go_on(limit, interrupt, on);
+        if !said {
+            self.messages.truncate(before);
+        }
+        reply
+    }
+
+    /// Goes on after a reply with tool calls. `results` are what the tools returned, in the order of the calls; a call
+    /// without one counts as not run. They stay in the conversation, whatever becomes of the reply.
+    pub fn reply_to_calls(
+        &mut self,
+        results: &[Value],
+        limit: usize,
+        interrupt: &AtomicBool,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Reply> {
+        self.answer_calls(results);
+        self.go_on(limit, interrupt, on).0
+    }
+
+    /// Has the model speak next, and adds what it says to the messages. Whether there is anything.
+    fn go_on(
+        &mut self,
+        limit: usize,
+        interrupt: &AtomicBool,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> (Result<Reply>, bool) {
+        let start = Instant::now();
         let reply = self
             .prompt_tokens()
             .and_then(|(tokens, channel)| self.generate(&tokens, channel, start, limit, interrupt, on));
         match &reply {
-            Ok(reply) if reply.usage.generated > 0 || reply.end != End::Interrupted => {
-                self.messages.push(json!({ "role": "assistant", "content": reply.answer }));
+            Ok(said) if said.usage.generated > 0 || said.end != End::Interrupted => {
+                let calls = self.messages.iter().map(|message| calls(message).len()).sum();
+                self.messages.extend(messages(said, calls));
+                (reply, true)
             }
-            _ => drop(self.messages.pop()),
+            _ => (reply, false),
         }
-        reply
+    }
+
+    /// Adds `results` to the messages if the last of them calls tools.
+    fn answer_calls(&mut self, results: &[Value]) {
+        let calls = self.messages.last().map_or(&[][..], calls);
+        let mut results = results.iter();
+        let answers: Vec<Value> = calls
+            .iter()
+            .map(|call| {
+                let content = match results.next() {
+                    Some(Value::Array(items)) => json!({ "value": items }), // a list would be parts of a message
+                    Some(result) => result.clone(),
+                    None => json!({ "error": "not run" }),
+                };
+                let (id, name) = (&call["id"], &call["function"]["name"]);
+                json!({ "role": "tool", "tool_call_id": id, "name": name, "content": content })
+            })
+            .collect();
+        self.messages.extend(answers);
     }
 
     /// Another answer to the last user message. The seed is counted up, or it would be the same one.
@@ -324,7 +393,7 @@ impl<'m> Session<'m> {
         let system = self.options.system.iter().map(|text| json!({ "role": "system", "content": text }));
         let messages: Vec<Value> = system.chain(self.messages.iter().cloned()).collect();
         let options = template::Options { enable_thinking: self.options.think, ..Default::default() };
-        let tokens = template.encode(self.tokenizer, &messages, &[], options)?;
+        let tokens = template.encode(self.tokenizer, &messages, &self.options.tools, options)?;
         let channel = Channel::after(self.tokenizer, &tokens);
         Ok((tokens, Output::Channel(channel)))
     }
@@ -346,7 +415,14 @@ impl<'m> Session<'m> {
             return Err(Error::usage(format!("prompt: {n} tokens: expected at most {}, the context", options.context)));
         }
         let mut usage = Usage { prompt: n, tokenize_time: start.elapsed(), ..Usage::default() };
-        let mut answer = String::new();
+        let (mut answer, mut thought, mut calls) = (String::new(), String::new(), Vec::new());
+        let rules = Rules {
+            think_budget: options.think_budget,
+            schema: options.schema.as_ref(),
+            think: options.think,
+            tools: !options.tools.is_empty(),
+        };
+        let mut guide = Guide::new(tokenizer, output.place(), rules);
 
         // The last token is always computed, for its logits.
         let common =
@@ -357,14 +433,18 @@ impl<'m> Session<'m> {
 
         let end = team.enter(|team| -> Result<End> {
             let mut emit = |event: Event| {
-                if let Event::Answer(text) = event {
-                    answer.push_str(text);
+                match event {
+                    Event::Answer(text) => answer.push_str(text),
+                    Event::Thought(text) => thought.push_str(text),
+                    Event::ToolCall { name, arguments } => {
+                        calls.push(Call { name: name.to_string(), arguments: arguments.clone() });
+                    }
+                    Event::Prompt { .. } => {}
                 }
                 on(event).is_break()
             };
             let stopped = || interrupt.load(Ordering::Relaxed);
             let prompt_start = Instant::now();
-            let want = sampler.deciding().map_or(Want::Last, Want::Best);
             let mut next = None;
             if emit(Event::Prompt { done: 0, total: n - kept }) {
                 return Ok(End::Interrupted);
@@ -375,12 +455,12 @@ impl<'m> Session<'m> {
                     return Ok(End::Interrupted);
                 }
                 let last = held.len() + chunk.len() == n;
-                let logits = forward(model, team, state, chunk, if last { want } else { Want::Nothing })?;
+                let follows = if last && limit > 0 { Some(guide.follows()?) } else { None };
+                let logits =
+                    forward(model, team, state, chunk, follows.map_or(Want::Nothing, |next| want(sampler, next)))?;
                 held.extend_from_slice(chunk);
                 usage.prompt_time = prompt_start.elapsed();
-                if last && limit > 0 {
-                    next = Some(sampler.sample(logits, held, held.len())?);
-                }
+                next = follows.map(|next| choose(sampler, next, logits, held)).transpose()?;
                 if emit(Event::Prompt { done: held.len() - kept, total: n - kept }) {
                     return Ok(End::Interrupted);
                 }
@@ -396,6 +476,10 @@ impl<'m> Session<'m> {
                 if output.push(tokenizer, token, &mut emit) {
                     break End::Interrupted;
                 }
+                guide.push(token, output.place())?;
+                if guide.done() {
+                    break End::Stop;
+                }
                 if usage.generated >= limit {
                     break End::Length;
                 }
@@ -405,17 +489,62 @@ impl<'m> Session<'m> {
                 if stopped() {
                     break End::Interrupted;
                 }
-                let logits = forward(model, team, state, &[token], want)?;
+                let follows = guide.follows()?;
+                let logits = forward(model, team, state, &[token], want(sampler, follows))?;
                 held.push(token);
-                next = Some(sampler.sample(logits, held, held.len())?);
+                next = Some(choose(sampler, follows, logits, held)?);
                 usage.decoded += 1;
                 usage.decode_time = decode_start.elapsed();
             };
             output.finish(&mut emit);
             Ok(end)
         })?;
-        Ok(Reply { answer, end, usage })
+        Ok(Reply { answer, thought, calls, end, usage })
     }
+}
+
+/// The logits that choosing `next` takes.
+fn want(sampler: &Sampler, next: Next) -> Want {
+    match next {
+        Next::Forced(_) => Want::Nothing,
+        Next::Drawn(allowed) => sampler.deciding(allowed).map_or(Want::Last, Want::Best),
+    }
+}
+
+/// The token that follows `held`.
+fn choose(sampler: &mut Sampler, next: Next, logits: &[f32], held: &[u32]) -> Result<u32> {
+    match next {
+        Next::Forced(token) => Ok(token),
+        Next::Drawn(allowed) => sampler.sample(logits, held, held.len(), allowed),
+    }
+}
+
+/// The tool calls of a message.
+fn calls(message: &Value) -> &[Value] {
+    message["tool_calls"].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// What the model said, as messages; `calls` tools have been called before.
+///
+/// Templates put the text of a message behind its calls, so text in front of them is a message of its own. With calls
+/// the turn goes on, and what was thought in it is part of it; whether it is shown again is up to the template.
+fn messages(reply: &Reply, calls: usize) -> Vec<Value> {
+    let said = json!({ "role": "assistant", "content": reply.answer });
+    if reply.calls.is_empty() {
+        return vec![said];
+    }
+    let list = reply.calls.iter().zip(calls + 1..).map(|(call, n)| {
+        let function = json!({ "name": call.name, "arguments": call.arguments });
+        json!({ "id": format!("call-{n}"), "type": "function", "function": function })
+    });
+    let mut messages = vec![json!({ "role": "assistant", "tool_calls": list.collect::<Vec<_>>() })];
+    if !reply.answer.trim().is_empty() {
+        messages.insert(0, said);
+    }
+    if !reply.thought.is_empty() {
+        messages[0]["reasoning"] = json!(reply.thought);
+    }
+    messages
 }
 
 /// How generated tokens become text.
@@ -429,6 +558,14 @@ enum Output {
 impl Output {
     fn raw() -> Output {
         Output::Raw(Decoder::new(true))
+    }
+
+    /// Where the next token stands.
+    fn place(&self) -> Place {
+        match self {
+            Output::Raw(_) => Place::Answer,
+            Output::Channel(channel) => channel.place(),
+        }
     }
 
     /// Emits what `token` completes; whether `emit` wants no more.

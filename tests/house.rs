@@ -18,13 +18,13 @@ const LEVELS: [&[&str]; 12] = [
     &["attend"],
     &["tokenizer", "sample", "forward"],
     &["template", "channel", "windows", "fit"],
-    &["calibrate"],
+    &["calibrate", "guide"],
     &["session", "registry", "convert"],
     &["lib"],
 ];
 
 /// Crates with a single user: a file, or a folder with the file beside it.
-const OWNED: [(&str, &str); 14] = [
+const OWNED: [(&str, &str); 15] = [
     ("rayon", "team"),
     ("memmap2", "gguf"),
     ("rustix", "machine"),
@@ -35,6 +35,7 @@ const OWNED: [(&str, &str); 14] = [
     ("serde_ignored", "registry"),
     ("safetensors", "convert"),
     ("fancy_regex", "convert"),
+    ("llguidance", "guide"),
     ("clap", "cli"),
     ("rustyline", "cli"),
     ("indicatif", "cli"),

@@ -227,11 +227,18 @@ mod tests {
             decode_time: Duration::from_millis(1300),
             ..Usage::default()
         };
-        let mut reply = Reply { answer: String::new(), end: Why::Stop, usage };
+        let mut reply =
+            Reply { answer: String::new(), thought: String::new(), calls: Vec::new(), end: Why::Stop, usage };
         assert_eq!(status(&reply, 8192), "[ 42 tok, 31.5 tok/s | first token 0.21 s | prompt 18 tok, 12 reused ]");
         reply.end = Why::Context;
         assert!(status(&reply, 8192).ends_with("| the context of 8192 tok is full: /new starts over ]"));
-        reply = Reply { answer: String::new(), end: Why::Interrupted, usage: Usage { prompt: 9, ..Usage::default() } };
+        reply = Reply {
+            answer: String::new(),
+            thought: String::new(),
+            calls: Vec::new(),
+            end: Why::Interrupted,
+            usage: Usage { prompt: 9, ..Usage::default() },
+        };
         assert_eq!(status(&reply, 8192), "[ 0 tok | prompt 9 tok | stopped, message taken back ]");
     }
 }

@@ -123,6 +123,9 @@ impl Run {
             sampling,
             ignore_stops: self.ignore_eos,
             think: self.think == Think::On,
+            think_budget: None,
+            tools: Vec::new(),
+            schema: None,
             system: self.system.clone(),
         };
         let template = if self.raw { None } else { Some(Template::from_gguf(&loaded.gguf)?) };
