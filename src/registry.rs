@@ -360,6 +360,16 @@ pub fn home() -> Option<PathBuf> {
     Some(etcetera::choose_base_strategy().ok()?.data_dir().join("gemrun"))
 }
 
+/// The user's settings: `config.toml` in `GEMRUN_HOME`, or in `gemrun` in the platform's configuration directory. `None` where
+/// there is no home directory.
+pub fn config_file() -> Option<PathBuf> {
+    use etcetera::BaseStrategy;
+    if let Some(home) = std::env::var_os("GEMRUN_HOME").filter(|home| !home.is_empty()) {
+        return Some(PathBuf::from(home).join("config.toml"));
+    }
+    Some(etcetera::choose_base_strategy().ok()?.config_dir().join("gemrun/config.toml"))
+}
+
 /// Edits (insert, delete, replace one character) that turn `a` into `b`.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();

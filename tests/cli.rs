@@ -459,3 +459,74 @@ fn what_does_not_fit_is_refused() {
     assert!(!file.exists());
     error(run(&[["bench", "demo", "-p", "8", "-n", "0", "-r", "1"].as_slice(), &limited].concat()), 4);
 }
+
+/// Settings are defaults: flags and the environment come before them, and what makes no sense is said with the file's name.
+#[test]
+fn settings() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("config.toml");
+    let at_home = |arguments: &[&str]| {
+        let mut command = gemrun(arguments);
+        command.env("GEMRUN_HOME", home.path());
+        command
+    };
+    let threads = |command: &mut Command| {
+        let output = command.args(["run", "demo", "hi", "-n", "1", "--stats"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stderr).unwrap()["threads"].as_u64().unwrap()
+    };
+    assert!(ok(at_home(&["config"]).output().unwrap()).contains("makes it"));
+    ok(at_home(&["config", "threads=3", "system=Be brief.", "allow-paging=true"]).output().unwrap());
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(text, "threads = 3\nsystem = \"Be brief.\"\nallow_paging = true\n");
+    assert!(ok(at_home(&["config"]).output().unwrap()).ends_with(&text));
+    assert_eq!(threads(&mut at_home(&[])), 3);
+    assert_eq!(threads(at_home(&[]).env("GEMRUN_THREADS", "2")), 2);
+    let flag =
+        at_home(&["run", "demo", "hi", "-n", "1", "--stats", "-t", "1"]).env("GEMRUN_THREADS", "2").output().unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&flag.stderr).unwrap()["threads"], 1);
+
+    // Comments stay, an empty value removes, and nothing is written if a part of it is wrong.
+    std::fs::write(&file, "# mine\nthreads = 3 # all\n").unwrap();
+    let wrong = error(at_home(&["config", "ctx=4096", "top_k=many"]).output().unwrap(), 5);
+    assert!(wrong.contains("config.toml: top_k: invalid value 'many'"), "{wrong}");
+    ok(at_home(&["config", "threads=2", "ctx=4096"]).output().unwrap());
+    ok(at_home(&["config", "ctx="]).output().unwrap());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "# mine\nthreads = 2 # all\n");
+
+    let cases = [
+        ("threads = \"x\"\n", "threads: invalid value 'x'"),
+        ("speed = 11\n", "speed: no such setting"),
+        ("json = true\n", "json: no such setting"),
+        ("stats = true\n", "stats: no such setting"),
+        ("allow_paging = 1\n", "allow_paging: 1: expected true or false"),
+        ("[run]\nctx = 1\n", "run: expected a text, a number, true or false"),
+        ("a = 1\nb\n", "line 2: "),
+    ];
+    for (text, expected) in cases {
+        std::fs::write(&file, text).unwrap();
+        let message = error(at_home(&["show", "demo"]).output().unwrap(), 5);
+        assert!(message.contains("config.toml: ") && message.contains(expected), "{message}");
+    }
+    // What measures is not told by settings what to measure.
+    std::fs::write(&file, "ctx = 64\nkv = \"int8\"\n").unwrap();
+    let help = ok(at_home(&["eval", "ppl", "--help"]).output().unwrap());
+    assert!(help.contains("[default: 512]") && !help.contains("64]"), "{help}");
+    assert!(ok(at_home(&["run", "--help"]).output().unwrap()).contains("[default: 64]"));
+}
+
+/// Completions for every shell, and a page for every command.
+#[test]
+fn completions_and_pages() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(ok(run(&["completions", shell])).contains("selftest"), "{shell}");
+    }
+    assert!(ok(run(&["man"])).starts_with(".ie") && ok(run(&["man", "run"])).contains("top\\-k"));
+    assert!(error(run(&["man", "fly"]), 2).starts_with("fly: no such command: expected one of run, "));
+    let folder = tempfile::tempdir().unwrap();
+    ok(run(&["man", "--dir", folder.path().to_str().unwrap()]));
+    let mut pages: Vec<String> =
+        folder.path().read_dir().unwrap().map(|page| page.unwrap().file_name().into_string().unwrap()).collect();
+    pages.sort();
+    assert!(pages.contains(&"gemrun.1".into()) && pages.contains(&"gemrun-eval-ppl.1".into()), "{pages:?}");
+}

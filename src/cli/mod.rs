@@ -6,6 +6,7 @@
 mod bench;
 mod calibrate;
 mod chat;
+mod config;
 mod convert;
 mod doctor;
 mod eval;
@@ -13,6 +14,7 @@ mod input;
 mod open;
 mod pack;
 mod page_in;
+mod pages;
 mod progress;
 mod run;
 mod screen;
@@ -27,7 +29,7 @@ mod welcome;
 use std::io;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use gemrun::{Error, Kind};
 
 /// Runs Gemma 4 GGUF files on this computer's CPU.
@@ -66,6 +68,9 @@ enum Command {
     Convert(convert::Convert),
     Doctor(doctor::Doctor),
     Selftest(selftest::Selftest),
+    Config(config::Config),
+    Completions(pages::Completions),
+    Man(pages::ManPage),
 }
 
 /// What a command returns. An error in it is a [`gemrun::Error`], or the [`io::Error`] of a write to standard output:
@@ -79,8 +84,16 @@ fn interrupted() -> anyhow::Error {
 
 /// Parses the arguments, runs the command, reports how it ended.
 pub fn main() -> ExitCode {
-    let end = match Cli::try_parse() {
-        Ok(cli) => run(cli.command),
+    let (command, broken) = match config::with_settings(Cli::command()) {
+        Ok(command) => (command, None),
+        Err(error) => (Cli::command(), Some(error)),
+    };
+    let end = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
+        // A broken config file stops everything but the command that mends it.
+        Ok(cli) => match broken.filter(|_| !matches!(cli.command, Some(Command::Config(_)))) {
+            Some(error) => Err(error.into()),
+            None => run(cli.command),
+        },
         // Help and version come as errors too.
         Err(help) if !help.use_stderr() => help.print().map_err(Into::into),
         Err(usage) => Err(Error::usage(one_line(&usage.render().to_string())).into()),
@@ -126,6 +139,9 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Convert(convert)) => convert.run(),
         Some(Command::Doctor(doctor)) => doctor.run(),
         Some(Command::Selftest(selftest)) => selftest.run(),
+        Some(Command::Config(config)) => config.run(),
+        Some(Command::Completions(completions)) => completions.run(),
+        Some(Command::Man(man)) => man.run(),
     }
 }
 
