@@ -530,3 +530,14 @@ fn completions_and_pages() {
     pages.sort();
     assert!(pages.contains(&"gemrun.1".into()) && pages.contains(&"gemrun-eval-ppl.1".into()), "{pages:?}");
 }
+
+/// What was measured becomes settings.
+#[test]
+fn tuning() {
+    let home = tempfile::tempdir().unwrap();
+    let table = ok(gemrun(&["tune", "demo"]).env("GEMRUN_HOME", home.path()).output().unwrap());
+    assert_eq!(table.lines().filter(|line| line.ends_with('*')).count(), 1, "{table}");
+    let settings = std::fs::read_to_string(home.path().join("config.toml")).unwrap();
+    assert!(settings.contains("threads = ") && settings.contains("cores = \"big\""), "{settings}");
+    ok(gemrun(&["run", "demo", "hi", "-n", "1"]).env("GEMRUN_HOME", home.path()).output().unwrap());
+}

@@ -24,6 +24,7 @@ mod template;
 mod terminal;
 mod text;
 mod tokenize;
+mod tune;
 mod welcome;
 
 use std::io;
@@ -68,6 +69,7 @@ enum Command {
     Convert(convert::Convert),
     Doctor(doctor::Doctor),
     Selftest(selftest::Selftest),
+    Tune(tune::Tune),
     Config(config::Config),
     Completions(pages::Completions),
     Man(pages::ManPage),
@@ -139,6 +141,7 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Convert(convert)) => convert.run(),
         Some(Command::Doctor(doctor)) => doctor.run(),
         Some(Command::Selftest(selftest)) => selftest.run(),
+        Some(Command::Tune(tune)) => tune.run(),
         Some(Command::Config(config)) => config.run(),
         Some(Command::Completions(completions)) => completions.run(),
         Some(Command::Man(man)) => man.run(),
