@@ -93,7 +93,22 @@ pub fn peak_rss() -> Option<u64> {
     kilobytes(&Root::system().text("proc/self/status")?, "VmHWM")
 }
 
-/// The same of another process that still runs.
+/// Memory of this process that is resident now, in bytes.
+pub fn rss() -> Option<u64> {
+    kilobytes(&Root::system().text("proc/self/status")?, "VmRSS")
+}
+
+/// How often this process has waited for a page to be read from the disk.
+pub fn major_faults() -> Option<u64> {
+    major_faults_in(&Root::system().text("proc/self/stat")?)
+}
+
+/// The twelfth field of `/proc/PID/stat`. The second, the program's name in parentheses, may contain anything.
+fn major_faults_in(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(9)?.parse().ok()
+}
+
+/// [`peak_rss`] of another process that still runs.
 pub fn peak_rss_of(process: u32) -> Option<u64> {
     kilobytes(&Root::system().text(format!("proc/{process}/status"))?, "VmHWM")
 }
@@ -232,6 +247,8 @@ mod tests {
         assert_eq!(kilobytes(text, "VmHWM"), Some(1234 * 1024));
         assert_eq!(kilobytes(text, "VmRSS"), None);
         assert_eq!(kilobytes("VmHWM: x kB", "VmHWM"), None);
+        let stat = "1234 (a) b (c) S 1 2 3 4 5 6 7 8 99 10 11\n";
+        assert_eq!((major_faults_in(stat), major_faults_in("1 (x) S 1")), (Some(99), None));
         assert_eq!(field("processor\t: 0\nmodel name\t: A: b\n", "model name"), Some("A: b"));
     }
 

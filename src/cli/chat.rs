@@ -5,12 +5,13 @@
 
 use std::ops::ControlFlow;
 
-use gemrun::session::{End as Why, Event, Reply};
+use gemrun::session::Event;
 
 use super::Result;
 use super::input::Input;
 use super::run::{Talk, reset};
 use super::screen::Screen;
+use super::status::{self, Before};
 use super::terminal::{Style, eprintln_quietly};
 
 const HELP: &str = "\
@@ -106,7 +107,7 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
                 Some(message) => say(&format!("Taken back: {}", first_words(&message))),
                 None => say("There is nothing to take back."),
             },
-            Line::Stats => say(&stats(talk)),
+            Line::Stats => say(&status::stats(talk)),
             Line::Exit => break,
             Line::Unknown(word) => say(&format!("{word}: no such command; /help lists them")),
         }
@@ -117,6 +118,7 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
 /// Has the model reply to `prompt`, or once more to the last message, and shows it.
 fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
     reset(&talk.interrupt);
+    let before = Before::now();
     let mut screen = Screen::new(talk.hide_thinking, style);
     let mut written = Ok(());
     let mut on = |event: Event| {
@@ -135,59 +137,13 @@ fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
         Some(Err(error)) => return Err(error.clone().within(talk.loaded.gguf.name()).into()),
         Some(Ok(reply)) => {
             talk.count(reply);
-            Some(status(reply, talk.session.options().context))
+            Some(before.line(talk, reply))
         }
     };
     if let Some(note) = note {
         eprintln_quietly(format_args!("{}{note}{}\n", style.dim(), style.plain()));
     }
     Ok(())
-}
-
-/// The line of figures under an answer.
-fn status(reply: &Reply, context: usize) -> String {
-    let usage = &reply.usage;
-    let mut parts = vec![format!("{} tok", usage.generated)];
-    if usage.decoded > 0 {
-        parts[0] += &format!(", {:.1} tok/s", usage.decode_speed());
-    }
-    if usage.generated > 0 {
-        parts.push(format!("first token {:.2} s", usage.first_token.as_secs_f64()));
-    }
-    parts.push(match usage.reused {
-        0 => format!("prompt {} tok", usage.prompt),
-        reused => format!("prompt {} tok, {reused} reused", usage.prompt),
-    });
-    match reply.end {
-        Why::Stop => {}
-        Why::Length => parts.push("stopped at the limit of -n".into()),
-        Why::Context => parts.push(format!("the context of {context} tok is full: /new starts over")),
-        Why::Interrupted if usage.generated == 0 => parts.push("stopped, message taken back".into()),
-        Why::Interrupted => parts.push("stopped".into()),
-    }
-    format!("[ {} ]", parts.join(" | "))
-}
-
-/// `/stats`.
-fn stats(talk: &Talk) -> String {
-    let (session, totals) = (&talk.session, &talk.totals);
-    let options = session.options();
-    let memory = gemrun::machine::peak_rss().map(|bytes| format!("; peak memory {} MB", bytes / 1_000_000));
-    format!(
-        "{} messages, {} of {} tokens in the cache ({:.1} MB {}){}\n\
-         {} tokens generated at {:.1} tok/s, {} prompt tokens read at {:.1} tok/s; seed {}",
-        session.messages(),
-        session.held(),
-        options.context,
-        session.cache_bytes() as f64 / 1e6,
-        options.kv.name(),
-        memory.unwrap_or_default(),
-        totals.generated,
-        totals.decode_speed(),
-        totals.prompt - totals.reused,
-        totals.prompt_speed(),
-        options.sampling.seed,
-    )
 }
 
 /// The beginning of a message, on one line.
@@ -200,8 +156,6 @@ fn first_words(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use gemrun::session::Usage;
-    use std::time::Duration;
 
     #[test]
     fn lines() {
@@ -214,31 +168,5 @@ mod tests {
         assert_eq!(Line::parse("/bye"), Line::Exit);
         assert_eq!(Line::parse("/dance now"), Line::Unknown("/dance"));
         assert_eq!(Line::parse("/usr/bin is full"), Line::Say("/usr/bin is full"));
-    }
-
-    #[test]
-    fn the_status_line_tells_what_happened() {
-        let usage = Usage {
-            prompt: 18,
-            reused: 12,
-            generated: 42,
-            decoded: 41,
-            first_token: Duration::from_millis(210),
-            decode_time: Duration::from_millis(1300),
-            ..Usage::default()
-        };
-        let mut reply =
-            Reply { answer: String::new(), thought: String::new(), calls: Vec::new(), end: Why::Stop, usage };
-        assert_eq!(status(&reply, 8192), "[ 42 tok, 31.5 tok/s | first token 0.21 s | prompt 18 tok, 12 reused ]");
-        reply.end = Why::Context;
-        assert!(status(&reply, 8192).ends_with("| the context of 8192 tok is full: /new starts over ]"));
-        reply = Reply {
-            answer: String::new(),
-            thought: String::new(),
-            calls: Vec::new(),
-            end: Why::Interrupted,
-            usage: Usage { prompt: 9, ..Usage::default() },
-        };
-        assert_eq!(status(&reply, 8192), "[ 0 tok | prompt 9 tok | stopped, message taken back ]");
     }
 }

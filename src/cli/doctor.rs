@@ -2,7 +2,7 @@
 //!
 //! The one idea: facts first, each on a line, then advice, and only if something is wrong. Facts come from
 //! `gemrun::machine`; here they are put into words, and [`advice`] says which of them are trouble. What is not known is
-//! left out. Nothing is changed, and nothing is sent anywhere.
+//! left out. Nothing is changed but a note of the measured speed in the store, and nothing is sent anywhere.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +14,7 @@ use gemrun::Kind;
 use gemrun::machine::cooling::{Cooling, Throttled};
 use gemrun::machine::cores::{Cluster, Cores};
 use gemrun::machine::memory::Memory;
-use gemrun::machine::speed::{self, Buffer};
+use gemrun::machine::speed::{self, Buffer, Measured};
 use gemrun::machine::storage::{self, Storage};
 use gemrun::machine::{Machine, Root, ranges};
 use gemrun::pack;
@@ -30,7 +30,7 @@ use super::terminal::Style;
 #[derive(Args)]
 #[command(
     after_help = "Takes about a second, most of it to measure how fast memory can be read. Advice comes last, and only if \
-    something is wrong. Nothing is changed or sent anywhere.\n\n\
+    something is wrong. Nothing is changed, but for a note of that speed in the store, or sent anywhere.\n\n\
     Example: gemrun doctor"
 )]
 pub struct Doctor {
@@ -106,6 +106,9 @@ impl Doctor {
             None => {
                 let root = Root::system();
                 let bandwidth = bandwidth(&root, threads)?;
+                if let Some(home) = registry::home() {
+                    Measured::save(&home, &[(1, bandwidth.one), (threads, bandwidth.all)]);
+                }
                 let place = directory.and_then(|directory| place(&root, &directory));
                 (Some(bandwidth), speed::int8_products(choice.isa, threads, TIME / 4)?, root, place)
             }

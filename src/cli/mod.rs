@@ -20,6 +20,7 @@ mod run;
 mod screen;
 mod selftest;
 mod show;
+mod status;
 mod template;
 mod terminal;
 mod text;

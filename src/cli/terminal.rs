@@ -57,6 +57,12 @@ fn colours_allowed() -> bool {
         && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
+/// Columns of the terminal on standard error, if there is one.
+pub fn columns() -> Option<usize> {
+    let (width, _) = terminal_size::terminal_size_of(std::io::stderr())?;
+    Some(usize::from(width.0))
+}
+
 /// Writes the one line an error is.
 pub fn error(error: &Error) {
     let style = Style::stderr();

@@ -13,7 +13,7 @@ use gemrun::forward::{State, Want, forward};
 use gemrun::kv::KvType;
 use gemrun::machine::cores::{Chosen, Cores, Which, confine};
 use gemrun::machine::memory::Memory;
-use gemrun::machine::speed::{self, Buffer};
+use gemrun::machine::speed::{self, Buffer, Measured};
 use gemrun::machine::{Root, ranges};
 use gemrun::team::{MAX_THREADS, Team};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -92,6 +92,10 @@ impl Tune {
         }
         bar.finish_and_clear();
         confine(&all);
+        if let (None, Some(home)) = (&loaded, gemrun::registry::home()) {
+            let read: Vec<_> = candidates.iter().map(|c| (c.threads, c.decode)).collect();
+            Measured::save(&home, &read);
+        }
 
         let best = best(&candidates);
         let units = work.units();

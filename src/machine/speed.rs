@@ -5,11 +5,14 @@
 //! (`gemrun_simd::measure`). Parts are claimed like tiles of a matrix, so slow cores and busy machines do fewer of them. Of
 //! several passes the fastest counts: others on the machine can only take away.
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use gemrun_simd::Isa;
 use gemrun_simd::measure::{self, Line};
+use serde::{Deserialize, Serialize};
 
 use super::Root;
 use crate::Result;
@@ -49,6 +52,42 @@ impl Buffer {
             black_box(measure::read(parts[part]));
         })?;
         Ok(self.bytes() as f64 / seconds)
+    }
+}
+
+/// Bandwidths that were measured before, in a file of the store.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// The processor they were measured on.
+    cpu: String,
+    /// Bytes a second, by the number of threads.
+    read: BTreeMap<usize, f64>,
+}
+
+impl Measured {
+    const FILE: &str = "bandwidth.json";
+
+    /// What is known of this computer's processor; `None` where nothing is, or the file is another's or makes no sense.
+    pub fn load(home: &Path) -> Option<Measured> {
+        let text = std::fs::read_to_string(home.join(Measured::FILE)).ok()?;
+        let measured: Measured = serde_json::from_str(&text).ok()?;
+        (measured.cpu == super::cpu_name()).then_some(measured)
+    }
+
+    /// Remembers `speeds`, (threads, bytes a second), beside what is known. That it cannot be written is no error: it is measured again.
+    pub fn save(home: &Path, speeds: &[(usize, f64)]) {
+        let mut measured = Measured::load(home).unwrap_or(Measured { cpu: super::cpu_name(), read: BTreeMap::new() });
+        measured.read.extend(speeds.iter().copied());
+        if let Ok(text) = serde_json::to_string(&measured)
+            && home.is_dir()
+        {
+            let _ = std::fs::write(home.join(Measured::FILE), text);
+        }
+    }
+
+    /// Bytes a second with `threads` threads.
+    pub fn read(&self, threads: usize) -> Option<f64> {
+        self.read.get(&threads).copied().filter(|speed| *speed > 0.0)
     }
 }
 
@@ -124,6 +163,19 @@ mod tests {
             assert!((1e6..1e13).contains(&speed), "{speed}");
         }
         assert!(buffer.read_bandwidth(0, Duration::ZERO).is_err());
+    }
+
+    #[test]
+    fn what_was_measured_is_remembered() {
+        let home = tempfile::tempdir().unwrap();
+        assert_eq!(Measured::load(home.path()), None);
+        Measured::save(home.path(), &[(1, 9e9), (2, 15e9)]);
+        Measured::save(home.path(), &[(2, 16e9)]);
+        let measured = Measured::load(home.path()).unwrap();
+        assert_eq!([1, 2, 3].map(|threads| measured.read(threads)), [Some(9e9), Some(16e9), None]);
+        std::fs::write(home.path().join(Measured::FILE), r#"{"cpu":"another","read":{"1":5}}"#).unwrap();
+        assert_eq!(Measured::load(home.path()), None);
+        Measured::save(Path::new("/nonexistent"), &[(1, 1.0)]);
     }
 
     #[test]
