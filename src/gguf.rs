@@ -195,6 +195,11 @@ impl Gguf {
         Some((&self.0.path, self.0.source.modified()?))
     }
 
+    /// The whole file.
+    pub fn all_bytes(&self) -> &[u8] {
+        self.0.source.bytes()
+    }
+
     /// Size of the whole file in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.0.source.bytes().len() as u64

@@ -14,7 +14,9 @@
 //! So attention finds 64 keys side by side, which is how it multiplies them with a query, and each value in one piece.
 //! Integers are stored with one scale for each head and position: the file's own, or one made of the largest magnitude. They
 //! are rounded when they are written, so every query, that of the same token included, reads the same. Attention is not
-//! computed here.
+//! computed here; [`disk`] keeps a cache as a file.
+
+pub mod disk;
 
 use std::ops::Range;
 
@@ -45,6 +47,11 @@ pub enum KvType {
 }
 
 impl KvType {
+    /// The one with a name.
+    pub fn of_name(name: &str) -> Option<KvType> {
+        [KvType::F32, KvType::F16, KvType::Int8, KvType::Mixed].into_iter().find(|kind| kind.name() == name)
+    }
+
     /// The name used on the command line and in reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -120,6 +127,7 @@ pub struct Kv {
 /// Keys and values of one layer.
 struct Layer {
     head_dim: usize,
+    sliding: bool,
     /// The dimensions of a key in the order in which they are stored.
     order: Vec<usize>,
     kv_heads: usize,
@@ -131,6 +139,8 @@ struct Layer {
     blocks: Vec<Block>,
     /// One past the highest position ever written since the cache was cleared: what a ring may have overwritten.
     written: usize,
+    /// Earlier positions of a sliding layer are missing: what it was restored from did not have them.
+    since: usize,
 }
 
 /// [`BLOCK`] positions: (kv_heads, head_dim, BLOCK) keys and (kv_heads, BLOCK, head_dim) values.
@@ -291,6 +301,7 @@ impl Kv {
                 let (head_dim, kv_heads) = (layer.head_dim, layer.kv_heads);
                 Layer {
                     head_dim,
+                    sliding: layer.sliding,
                     order: key_order(head_dim),
                     kv_heads,
                     keys: form(il, layer.sliding, |scale| scale.k),
@@ -298,6 +309,7 @@ impl Kv {
                     ring,
                     blocks: Vec::new(),
                     written: 0,
+                    since: 0,
                 }
             })
         };
@@ -334,18 +346,18 @@ impl Kv {
     /// ring no longer holds the window before position `len`.
     pub fn truncate(&mut self, len: usize, window: usize) -> usize {
         if len < self.len {
-            let intact = |layer: &Layer| {
-                // The ring holds its newest `ring` blocks, the newest maybe in part.
-                let newest = layer.written.saturating_sub(1) / BLOCK;
-                let oldest_kept = (newest + 1).saturating_sub(layer.ring) * BLOCK;
-                layer.ring == 0 || len.saturating_sub(window - 1) >= oldest_kept
-            };
-            self.len = if self.layers.iter().flatten().all(intact) { len } else { 0 };
+            self.len = self.reach(len, window);
             if self.len == 0 {
-                self.layers.iter_mut().flatten().for_each(|layer| layer.written = 0);
+                self.layers.iter_mut().flatten().for_each(|layer| (layer.written, layer.since) = (0, 0));
             }
         }
         self.len
+    }
+
+    /// How many positions [`Kv::truncate`] to `len` would keep.
+    pub fn reach(&self, len: usize, window: usize) -> usize {
+        let intact = |layer: &Layer| len.saturating_sub(window - 1) >= layer.oldest();
+        if len >= self.len || self.layers.iter().flatten().all(intact) { len.min(self.len) } else { 0 }
     }
 
     /// Makes room for `tokens` more positions, so that later writes cannot fail.
@@ -357,10 +369,7 @@ impl Kv {
         }
         for layer in self.layers.iter_mut().flatten() {
             while layer.blocks.len() < layer.blocks(end) {
-                let scales = layer.kv_heads * BLOCK;
-                let keys = Store::new(layer.keys, layer.kv_heads * layer.key_elements(), scales)?;
-                let values = Store::new(layer.values, layer.kv_heads * layer.value_elements(), scales)?;
-                layer.blocks.push(Block { keys, values });
+                layer.blocks.push(layer.new_block()?);
             }
         }
         Ok(())
@@ -405,6 +414,22 @@ impl Layer {
     fn blocks(&self, len: usize) -> usize {
         let blocks = len.div_ceil(BLOCK);
         if self.ring > 0 { blocks.min(self.ring) } else { blocks }
+    }
+
+    /// The first position that is still there.
+    fn oldest(&self) -> usize {
+        // The ring holds its newest `ring` blocks, the newest maybe in part.
+        let blocks = self.written.div_ceil(BLOCK);
+        let kept = if self.ring > 0 { blocks.saturating_sub(self.ring) * BLOCK } else { 0 };
+        kept.max(self.since)
+    }
+
+    /// An empty block.
+    fn new_block(&self) -> Result<Block> {
+        let scales = self.kv_heads * BLOCK;
+        let keys = Store::new(self.keys, self.kv_heads * self.key_elements(), scales)?;
+        let values = Store::new(self.values, self.kv_heads * self.value_elements(), scales)?;
+        Ok(Block { keys, values })
     }
 
     /// Elements of one head's keys in a block.

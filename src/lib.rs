@@ -3,6 +3,7 @@
 pub mod attend;
 pub mod calibrate;
 pub mod channel;
+pub mod chats;
 pub mod config;
 pub mod convert;
 pub mod error;

@@ -2,11 +2,13 @@
 //!
 //! Every reply renders the whole message list with the file's own template and compares the result with the tokens
 //! in the cache: what both begin with is kept, the rest is forgotten and computed anew. So undoing, editing the
-//! system prompt and continuing are one mechanism, and a reply never depends on how the cache came to be.
+//! system prompt and continuing are one mechanism, and a reply never depends on how the cache came to be. What files on the
+//! disk hold of such tokens is taken from there ([`crate::kv::disk`]): own ones, or those of other conversations.
 //! Generation stops at a stop token, a limit, the end of the context, or when asked to; the conversation stays usable
 //! in every case. Showing text to people is the caller's business.
 
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use crate::forward::{State, Want, forward};
 use crate::gguf::Gguf;
 use crate::guide::{Guide, Next, Rules, Schema};
 use crate::kv::KvType;
+use crate::kv::disk::{Key, Saved, common};
 use crate::model::Model;
 use crate::sample::{Sampler, Sampling};
 use crate::team::Team;
@@ -124,6 +127,13 @@ pub struct Reply {
     pub usage: Usage,
 }
 
+impl Reply {
+    /// Whether anything was answered; else the message was taken back.
+    pub fn answered(&self) -> bool {
+        self.usage.generated > 0 || self.end != End::Interrupted
+    }
+}
+
 /// A tool call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Call {
@@ -194,6 +204,9 @@ pub fn recommended(gguf: &Gguf) -> Result<Sampling> {
     Ok(sampling)
 }
 
+/// Counts the changes to the arithmetic by which any bit of a key or value became another: caches of another count are computed anew.
+const NUMERICS: u32 = 1;
+
 /// A conversation with a model.
 pub struct Session<'m> {
     model: &'m Model,
@@ -207,7 +220,24 @@ pub struct Session<'m> {
     held: Vec<u32>,
     /// Messages of user, assistant and tools, as the template wants them.
     messages: Vec<Value>,
+    /// What the cache is of, once that was said.
+    key: Option<Key>,
+    /// Where the cache is kept.
+    saved: Option<Saved>,
+    /// Folders whose files may begin with the same tokens.
+    others: Vec<PathBuf>,
+    /// Positions worth returning to.
+    marks: Vec<usize>,
+    /// What people should be told.
+    notes: Vec<String>,
 }
+
+/// Prompt tokens that are computed rather than looked for in files.
+const FEW: usize = 16;
+
+/// Tokens of a reply after which the cache is saved, so that the place where the reply began stays reachable: sliding layers soon
+/// forget it.
+const LONG_REPLY: usize = 256;
 
 impl<'m> Session<'m> {
     /// An empty conversation. Without a template only [`Session::complete`] works.
@@ -234,7 +264,78 @@ impl<'m> Session<'m> {
             options,
             held: Vec::new(),
             messages: Vec::new(),
+            key: None,
+            saved: None,
+            others: Vec::new(),
+            marks: Vec::new(),
+            notes: Vec::new(),
         })
+    }
+
+    /// Says what the model and the flags that change its numbers are, without which no cache can be kept or taken from files; and the
+    /// folders whose files may begin with the same tokens, best first.
+    pub fn identify(&mut self, source: &str, others: Vec<PathBuf>) {
+        self.key = Some(Key::new(&format!("{NUMERICS}/{source}"), &self.state.kv));
+        self.others = others;
+    }
+
+    /// Keeps the cache in `folder` from now on ([`Session::save`]). What files there hold is taken over if the conversation is
+    /// empty; how many tokens that is. Files that cannot be used are a note ([`Session::take_notes`]), and replaced by the next save.
+    ///
+    /// # Errors
+    /// [`crate::Kind::Usage`] before [`Session::identify`].
+    pub fn keep_in(&mut self, folder: &Path) -> Result<usize> {
+        let Some(key) = self.key else { return Err(Error::usage("the conversation's model has no name")) };
+        let window = self.model.config.window;
+        let found = Saved::open(folder, &key, &self.state.kv).and_then(|saved| {
+            let Some(saved) = saved.filter(|_| self.held.is_empty()) else { return Ok(None) };
+            let len = saved.reach(self.options.context, window);
+            self.check_tokens(saved.tokens())?;
+            Ok(Some((saved.restore(&self.state.kv, len, window)?, saved)))
+        });
+        match found {
+            Ok(Some((kv, saved))) => {
+                self.held = saved.tokens()[..kv.len()].to_vec();
+                self.state.kv = kv;
+                self.saved = Some(saved);
+            }
+            Ok(None) => self.saved = Some(Saved::empty(folder, &key, &self.state.kv)),
+            Err(error) => {
+                self.notes.push(format!("the saved cache is not used: {error}"));
+                self.saved = Some(Saved::empty(folder, &key, &self.state.kv));
+            }
+        }
+        Ok(self.held.len())
+    }
+
+    /// Keeps the cache nowhere any more.
+    pub fn keep_nowhere(&mut self) {
+        self.saved = None;
+    }
+
+    /// Brings the files of the cache up to date; nothing happens where none are kept.
+    ///
+    /// # Errors
+    /// [`crate::Kind::Other`] if the disk is full or fails. The conversation goes on as if nothing had been asked.
+    pub fn save(&mut self) -> Result<()> {
+        save(&mut self.saved, &self.state, &self.held, &self.marks, self.model)
+    }
+
+    /// Looks into the files in `folder`, before those of others, for what a conversation begins with.
+    pub fn borrow_first(&mut self, folder: PathBuf) {
+        self.others.insert(0, folder);
+    }
+
+    /// What happened since the last time that people should know, a line each.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|token| **token as usize >= self.model.config.vocab) {
+            Some(token) => Err(Error::invalid(format!("kv.index: token {token}: not in the vocabulary"))),
+            None => Ok(()),
+        }
     }
 
     /// What the conversation was set up with, as changed since.
@@ -255,6 +356,28 @@ impl<'m> Session<'m> {
     /// Messages of user, assistant and tools so far.
     pub fn messages(&self) -> usize {
         self.messages.len()
+    }
+
+    /// The last user message and all that followed it.
+    pub fn last_turn(&self) -> &[Value] {
+        let user = self.messages.iter().rposition(|message| message["role"] == "user");
+        &self.messages[user.unwrap_or(self.messages.len())..]
+    }
+
+    /// The messages, as the template gets them.
+    pub fn history(&self) -> &[Value] {
+        &self.messages
+    }
+
+    /// Puts other messages in place of those so far.
+    pub fn set_history(&mut self, messages: Vec<Value>) {
+        self.messages = messages;
+    }
+
+    /// Sets the seed of the random choices, from the next reply on.
+    pub fn set_seed(&mut self, seed: u64) {
+        self.options.sampling.seed = seed;
+        self.sampler.set_seed(seed);
     }
 
     /// Sets the system prompt, from the next reply on.
@@ -320,11 +443,12 @@ impl<'m> Session<'m> {
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> (Result<Reply>, bool) {
         let start = Instant::now();
-        let reply = self
-            .prompt_tokens()
-            .and_then(|(tokens, channel)| self.generate(&tokens, channel, start, limit, interrupt, on));
+        let reply = self.prompt_tokens().and_then(|(tokens, channel)| {
+            let system = self.system_tokens(&tokens);
+            self.generate(&tokens, channel, system, start, limit, interrupt, on)
+        });
         match &reply {
-            Ok(said) if said.usage.generated > 0 || said.end != End::Interrupted => {
+            Ok(said) if said.answered() => {
                 let calls = self.messages.iter().map(|message| calls(message).len()).sum();
                 self.messages.extend(messages(said, calls));
                 (reply, true)
@@ -360,16 +484,33 @@ impl<'m> Session<'m> {
         interrupt: &AtomicBool,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Option<Result<Reply>> {
+        let prompt = self.last_prompt()?.to_string();
+        self.set_seed(self.options.sampling.seed.wrapping_add(1));
+        Some(self.instead(&prompt, limit, interrupt, on))
+    }
+
+    /// Replies to `prompt` in place of the last user message and its answer; without a new answer they stay.
+    pub fn instead(
+        &mut self,
+        prompt: &str,
+        limit: usize,
+        interrupt: &AtomicBool,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Reply> {
         let before = self.messages.clone();
-        let prompt = self.undo()?;
-        self.options.sampling.seed = self.options.sampling.seed.wrapping_add(1);
-        self.sampler.set_seed(self.options.sampling.seed);
+        self.undo();
         let kept = self.messages.len();
-        let reply = self.reply(&prompt, limit, interrupt, on);
+        let reply = self.reply(prompt, limit, interrupt, on);
         if self.messages.len() == kept {
             self.messages = before; // no new answer: the old one stays
         }
-        Some(reply)
+        reply
+    }
+
+    /// The last user message.
+    pub fn last_prompt(&self) -> Option<&str> {
+        let user = self.messages.iter().rfind(|message| message["role"] == "user")?;
+        user["content"].as_str()
     }
 
     /// Continues `prompt` as it is, without a template; marker texts in it are markers.
@@ -382,7 +523,55 @@ impl<'m> Session<'m> {
     ) -> Result<Reply> {
         let start = Instant::now();
         let tokens = self.tokenizer.encode_with_bos(prompt, true);
-        self.generate(&tokens, Output::raw(), start, limit, interrupt, on)
+        self.generate(&tokens, Output::raw(), 0, start, limit, interrupt, on)
+    }
+
+    /// Of the prompt `tokens`, those up to the end of the system prompt: other conversations may begin with them.
+    fn system_tokens(&self, tokens: &[u32]) -> usize {
+        let (Some(template), Some(text)) = (&self.template, &self.options.system) else { return 0 };
+        let system = [json!({ "role": "system", "content": text })];
+        let options = template::Options {
+            add_generation_prompt: false,
+            enable_thinking: self.options.think,
+            ..Default::default()
+        };
+        template
+            .encode(self.tokenizer, &system, &self.options.tools, options)
+            .map_or(0, |system| common(&system, tokens))
+    }
+
+    /// Brings the cache as far into `prompt` as can be without computing: by what it holds, or from files. How far that is.
+    fn recall(&mut self, prompt: &[u32]) -> usize {
+        let window = self.model.config.window;
+        // The last token is always computed, for its logits.
+        let most = |tokens: &[u32]| common(tokens, prompt).min(prompt.len().saturating_sub(1));
+        let here = self.state.kv.reach(most(&self.held), window);
+        if let (Some(key), true) = (self.key, prompt.len() > here + FEW) {
+            let opened = |folder: &PathBuf| Saved::open(folder, &key, &self.state.kv).ok().flatten();
+            let found = self.saved.iter().cloned().chain(self.others.iter().filter_map(opened));
+            let found = found.map(|saved| (saved.reach(most(saved.tokens()), window), saved));
+            // Of equals the first.
+            let best = found.fold(None, |best: Option<(usize, Saved)>, found| match best {
+                Some(best) if best.0 >= found.0 => Some(best),
+                _ => Some(found),
+            });
+            if let Some((len, saved)) = best.filter(|(len, _)| *len > here + FEW) {
+                let tokens = &saved.tokens()[..len];
+                let restored = self.check_tokens(tokens).and_then(|()| saved.restore(&self.state.kv, len, window));
+                match restored {
+                    Ok(kv) => {
+                        self.held = tokens.to_vec();
+                        self.state.kv = kv;
+                        self.marks.retain(|mark| *mark <= len);
+                        return len;
+                    }
+                    Err(error) => self.notes.push(format!("a saved cache is not used: {error}")),
+                }
+            }
+        }
+        let kept = self.state.truncate(self.model, most(&self.held));
+        self.held.truncate(kept);
+        kept
     }
 
     /// The tokens of the conversation with the beginning of the model's turn, and how to read what it generates.
@@ -398,23 +587,30 @@ impl<'m> Session<'m> {
         Ok((tokens, Output::Channel(channel)))
     }
 
-    /// Brings the cache to `prompt`, then generates.
+    /// Brings the cache to `prompt`, of which the first `system` tokens are the system prompt's, then generates.
+    #[allow(clippy::too_many_arguments)]
     fn generate(
         &mut self,
         prompt: &[u32],
         mut output: Output,
+        system: usize,
         start: Instant,
         limit: usize,
         interrupt: &AtomicBool,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
-        let Session { model, tokenizer, team, state, sampler, options, held, .. } = self;
-        let (model, tokenizer) = (*model, *tokenizer);
-        let n = prompt.len();
-        if n > options.context {
-            return Err(Error::usage(format!("prompt: {n} tokens: expected at most {}, the context", options.context)));
+        let (n, context) = (prompt.len(), self.options.context);
+        if n > context {
+            return Err(Error::usage(format!("prompt: {n} tokens: expected at most {context}, the context")));
         }
-        let mut usage = Usage { prompt: n, tokenize_time: start.elapsed(), ..Usage::default() };
+        let tokenize_time = start.elapsed();
+        let kept = self.recall(prompt);
+        // Later prompts are likely to depart from this one where it departed from the last, at its end, or behind the system prompt.
+        self.marks.retain(|mark| *mark <= kept);
+        self.marks.extend([system, kept, n.saturating_sub(1)]);
+        let Session { model, tokenizer, team, state, sampler, options, held, saved, marks, notes, .. } = self;
+        let (model, tokenizer) = (*model, *tokenizer);
+        let mut usage = Usage { prompt: n, reused: kept, tokenize_time, ..Usage::default() };
         let (mut answer, mut thought, mut calls) = (String::new(), String::new(), Vec::new());
         let rules = Rules {
             think_budget: options.think_budget,
@@ -423,13 +619,6 @@ impl<'m> Session<'m> {
             tools: !options.tools.is_empty(),
         };
         let mut guide = Guide::new(tokenizer, output.place(), rules);
-
-        // The last token is always computed, for its logits.
-        let common =
-            held.iter().zip(prompt).take_while(|(held, prompt)| held == prompt).count().min(n.saturating_sub(1));
-        let kept = state.truncate(model, common);
-        held.truncate(kept);
-        usage.reused = kept;
 
         let end = team.enter(|team| -> Result<End> {
             let mut emit = |event: Event| {
@@ -495,6 +684,11 @@ impl<'m> Session<'m> {
                 next = Some(choose(sampler, follows, logits, held)?);
                 usage.decoded += 1;
                 usage.decode_time = decode_start.elapsed();
+                if usage.decoded == LONG_REPLY
+                    && let Err(error) = save(saved, state, held, marks, model)
+                {
+                    notes.push(error.to_string());
+                }
             };
             output.finish(&mut emit);
             Ok(end)
@@ -545,6 +739,19 @@ fn messages(reply: &Reply, calls: usize) -> Vec<Value> {
         messages[0]["reasoning"] = json!(reply.thought);
     }
     messages
+}
+
+/// Brings the files of a cache up to date, if it is kept. Damaged ones are written anew.
+fn save(saved: &mut Option<Saved>, state: &State, held: &[u32], marks: &[usize], model: &Model) -> Result<()> {
+    let Some(saved) = saved else { return Ok(()) };
+    let window = model.config.window;
+    match saved.update(&state.kv, held, marks, window) {
+        Err(error) if error.kind() == crate::Kind::Invalid => {
+            *saved = saved.cleared(&state.kv);
+            saved.update(&state.kv, held, marks, window)
+        }
+        done => done,
+    }
 }
 
 /// How generated tokens become text.

@@ -5,14 +5,15 @@
 
 use std::ops::ControlFlow;
 
+use gemrun::chats::transcript::Entry;
 use gemrun::session::Event;
 
-use super::Result;
 use super::input::Input;
 use super::run::{Talk, reset};
 use super::screen::Screen;
 use super::status::{self, Before};
 use super::terminal::{Style, eprintln_quietly};
+use super::{Result, keep};
 
 const HELP: &str = "\
 /help            this list
@@ -20,6 +21,7 @@ const HELP: &str = "\
 /system TEXT     set the system prompt; without TEXT, remove it
 /think on|off    let the model think before it answers
 /regen           another answer to the last message
+/edit            change the last message and have it answered anew; /edit TEXT replaces it
 /undo            take the last message and its answer back
 /stats           what the conversation holds
 /exit            leave, as does Ctrl-D
@@ -36,6 +38,7 @@ enum Line<'a> {
     System(&'a str),
     Think(Option<bool>),
     Regenerate,
+    Edit(&'a str),
     Undo,
     Stats,
     Exit,
@@ -63,6 +66,7 @@ impl Line<'_> {
                 _ => None,
             }),
             "/regen" => Line::Regenerate,
+            "/edit" => Line::Edit(rest),
             "/undo" => Line::Undo,
             "/stats" => Line::Stats,
             "/exit" | "/bye" | "/quit" => Line::Exit,
@@ -83,19 +87,36 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
     while let Some(line) = input.read(style)? {
         match Line::parse(&line) {
             Line::Nothing => {}
-            Line::Say(prompt) => answer(talk, style, Some(prompt))?,
-            Line::Regenerate => answer(talk, style, None)?,
+            Line::Say(prompt) => answer(talk, style, Ask::New(prompt))?,
+            Line::Regenerate => answer(talk, style, Ask::Again)?,
+            Line::Edit(text) => {
+                let Some(last) = talk.session.last_prompt().map(str::to_string) else {
+                    say("There is no message to edit.");
+                    continue;
+                };
+                let edited = match text {
+                    "" => input.edit(&last)?,
+                    text => Some(text.to_string()),
+                };
+                match edited.filter(|edited| !edited.trim().is_empty()) {
+                    Some(edited) => answer(talk, style, Ask::Instead(&edited))?,
+                    None => say("The message stays as it was."),
+                }
+            }
             Line::Help => say(HELP),
             Line::New => {
                 talk.session.clear();
+                talk.keep.end(&mut talk.session);
                 say("A new conversation.");
             }
             Line::System(text) => {
                 talk.session.set_system((!text.is_empty()).then(|| text.to_string()));
+                talk.keep.add(Entry { system: Some(text.to_string()), ..Entry::now() });
                 say(if text.is_empty() { "No system prompt from now on." } else { "System prompt set." });
             }
             Line::Think(Some(on)) => {
                 talk.session.set_think(on);
+                talk.keep.add(Entry { think: Some(on), ..Entry::now() });
                 say(if on { "The model thinks before it answers." } else { "The model answers at once." });
             }
             Line::Think(None) => say(if talk.session.options().think {
@@ -104,7 +125,10 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
                 "Thinking is off; /think on turns it on."
             }),
             Line::Undo => match talk.session.undo() {
-                Some(message) => say(&format!("Taken back: {}", first_words(&message))),
+                Some(message) => {
+                    talk.keep.add(Entry { undo: Some(1), ..Entry::now() });
+                    say(&format!("Taken back: {}", first_words(&message)));
+                }
                 None => say("There is nothing to take back."),
             },
             Line::Stats => say(&status::stats(talk)),
@@ -115,8 +139,22 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
     Ok(())
 }
 
-/// Has the model reply to `prompt`, or once more to the last message, and shows it.
-fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
+/// What the model is to reply to.
+#[derive(Clone, Copy)]
+enum Ask<'a> {
+    /// A message.
+    New(&'a str),
+    /// The last message, once more.
+    Again,
+    /// A message in place of the last one.
+    Instead(&'a str),
+}
+
+/// Has the model reply and shows it.
+fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
+    if let Ask::New(prompt) = ask {
+        talk.keep.begin(&mut talk.session, prompt);
+    }
     reset(&talk.interrupt);
     let before = Before::now();
     let mut screen = Screen::new(talk.hide_thinking, style);
@@ -125,24 +163,30 @@ fn answer(talk: &mut Talk, style: Style, prompt: Option<&str>) -> Result {
         written = screen.on(event);
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
-    let reply = match prompt {
-        Some(prompt) => Some(talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on)),
-        None => talk.session.regenerate(talk.limit, &talk.interrupt, &mut on),
+    let reply = match ask {
+        Ask::New(prompt) => Some(talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on)),
+        Ask::Instead(prompt) => Some(talk.session.instead(prompt, talk.limit, &talk.interrupt, &mut on)),
+        Ask::Again => talk.session.regenerate(talk.limit, &talk.interrupt, &mut on),
     };
     written?;
     screen.finish()?;
+    keep::tell(&mut talk.session);
     let note = match &reply {
         None => Some("There is no message to answer again.".to_string()),
         Some(Err(error)) if error.kind() == gemrun::Kind::Usage => Some(format!("{error}; /new starts over")),
         Some(Err(error)) => return Err(error.clone().within(talk.loaded.gguf.name()).into()),
         Some(Ok(reply)) => {
             talk.count(reply);
+            if reply.answered() {
+                talk.keep.turn(&talk.session, reply, (!matches!(ask, Ask::New(_))).then_some(1));
+            }
             Some(before.line(talk, reply))
         }
     };
     if let Some(note) = note {
         eprintln_quietly(format_args!("{}{note}{}\n", style.dim(), style.plain()));
     }
+    talk.keep.save(&mut talk.session);
     Ok(())
 }
 

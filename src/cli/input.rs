@@ -66,6 +66,19 @@ impl Input {
         }
     }
 
+    /// A changed `text`; `None` if the user gives up. Line feeds become spaces: the editor has one line.
+    pub fn edit(&mut self, text: &str) -> Result<Option<String>> {
+        let line = text.lines().collect::<Vec<_>>().join(" ");
+        match self.editor.readline_with_initial(&self.prompt, (&line, "")) {
+            Ok(line) => {
+                self.remember(&line);
+                Ok(Some(line))
+            }
+            Err(ReadlineError::Interrupted | ReadlineError::Eof) => Ok(None),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
     /// Appends to the history, as far as there can be one.
     fn remember(&mut self, line: &str) {
         let line = line.trim_end();

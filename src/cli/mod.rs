@@ -6,11 +6,13 @@
 mod bench;
 mod calibrate;
 mod chat;
+mod chats;
 mod config;
 mod convert;
 mod doctor;
 mod eval;
 mod input;
+mod keep;
 mod open;
 mod pack;
 mod page_in;
@@ -44,10 +46,11 @@ use gemrun::{Error, Kind};
     after_help = "MODEL is a name (demo, e2b, ...) or the path of a GGUF file.\n\n\
         Example: gemrun run demo \"Once upon a time\"\n\n\
         Environment:\n  \
-        GEMRUN_HOME     where models and the chat history are kept\n  \
-        GEMRUN_THREADS  default of --threads\n  \
-        GEMRUN_KERNEL   default of --kernel\n  \
-        NO_COLOR        no colours if set\n\n\
+        GEMRUN_HOME          where models and conversations are kept\n  \
+        GEMRUN_THREADS       default of --threads\n  \
+        GEMRUN_KERNEL        default of --kernel\n  \
+        GEMRUN_CHATS_BUDGET  bytes the caches of all conversations may take [2G]\n  \
+        NO_COLOR             no colours if set\n\n\
         Exit codes: 0 ok, 1 other failure, 2 usage, 3 not found, 4 does not fit in memory, 5 invalid file,\n\
         6 unsupported CPU, format or architecture, 10 self-test failed, 130 interrupted"
 )]
@@ -58,7 +61,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Run(run::Run),
+    Run(Box<run::Run>),
+    Chats(chats::Chats),
     Show(show::Show),
     Tokenize(tokenize::Tokenize),
     Detokenize(tokenize::Detokenize),
@@ -131,6 +135,7 @@ fn run(command: Option<Command>) -> Result {
     match command {
         None => welcome::welcome(),
         Some(Command::Run(run)) => run.run(),
+        Some(Command::Chats(chats)) => chats.run(),
         Some(Command::Show(show)) => show.run(),
         Some(Command::Tokenize(tokenize)) => tokenize.run(),
         Some(Command::Detokenize(detokenize)) => detokenize.run(),

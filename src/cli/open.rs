@@ -27,6 +27,7 @@ use gemrun_simd::Layout;
 
 use super::page_in;
 use super::terminal::eprintln_quietly;
+use super::text;
 
 /// `--threads` and `--cores`, which never change a result.
 #[derive(Args, Clone)]
@@ -378,6 +379,15 @@ impl Compute {
         let map = start.elapsed();
         let (model, tokenizer) = parts(&gguf, packed.as_ref(), &numerics)?;
         Ok(Loaded { gguf, model, tokenizer, times: Times { map, load: start.elapsed() - map } })
+    }
+
+    /// What the numbers of a model depend on, in words: its file and the flags that change results, without `--kv`.
+    pub fn identity(&self, loaded: &Loaded) -> Result<String> {
+        let scales = match &self.scales {
+            Some(path) => text::from_file(path)?,
+            None => String::new(),
+        };
+        Ok(format!("{} {} {scales}", pack::key(&loaded.gguf), self.act()))
     }
 
     /// The packed copy to use. One that cannot be used is said to be so: the file itself will do.

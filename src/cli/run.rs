@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -13,35 +14,51 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
+use gemrun::chats::transcript::{Entry, Settings};
+use gemrun::chats::{Chats, Opened, is_name};
+use gemrun::kv::KvType;
 use gemrun::machine;
-use gemrun::registry;
+use gemrun::registry::{self, Source};
 use gemrun::sample::{Sampling, random_seed};
 use gemrun::session::{self, Event, Options, Session, Usage};
 use gemrun::template::Template;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
+use xxhash_rust::xxh3::xxh3_64;
 
+use super::keep::Keep;
 use super::open::{Compute, Loaded, Threads};
 use super::page_in::page_in;
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{Result, chat, text};
+use super::{Result, chat, chats, keep, text};
 
 /// Chat with a model, or answer one prompt
 #[derive(Args)]
 #[command(after_help = "With PROMPT, or with piped input, the model answers once. With both, the input follows the \
-    prompt after a blank line.\n\n\
+    prompt after a blank line. Chats are saved as they go on; -C continues one, at once.\n\n\
     Tokens are chosen in this order: never-sampled tokens are masked, repetition penalty (over the last 64 tokens), \
     top-k, top-p, min-p, temperature, draw. The same file, prompt, flags and seed give the same text on every \
     computer.\n\n\
     Examples:\n  \
     gemrun run demo\n  \
     gemrun run demo \"Once upon a time\" --seed 7\n  \
+    gemrun run -C\n  \
     git diff | gemrun run e2b \"Write a commit message, one line\"")]
 pub struct Run {
-    /// Model name or path of a GGUF file
-    model: OsString,
+    /// Model name or path of a GGUF file; with -C that of the conversation is the default
+    #[arg(required_unless_present = "resume")]
+    model: Option<OsString>,
     /// What to ask; without it, chat
     prompt: Option<OsString>,
+    /// Continue the last conversation, or the one called ID (see gemrun chats), with its settings
+    #[arg(short = 'C', long = "continue", value_name = "ID", num_args = 0..=1)]
+    resume: Option<Option<OsString>>,
+    /// Begin a new conversation, as without -C
+    #[arg(long, overrides_with = "resume")]
+    new: bool,
+    /// Keep nothing of the conversation
+    #[arg(long, conflicts_with = "resume")]
+    no_save: bool,
     /// Generate at most N tokens a reply [default: until the context is full]
     #[arg(short = 'n', long, value_name = "N")]
     predict: Option<usize>,
@@ -57,9 +74,9 @@ pub struct Run {
     /// Leave out tokens less than P times as likely as the likeliest [default: the file's, else 0]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
-    /// Divide the logits of recent tokens by X; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
-    repeat_penalty: f32,
+    /// Divide the logits of recent tokens by X; 1 is off [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
     /// Seed of the random choices [default: a new one each time, shown by --stats]
     #[arg(short, long, value_name = "N")]
     seed: Option<u64>,
@@ -101,7 +118,8 @@ enum Think {
 impl Run {
     pub fn run(self) -> Result {
         let start = Instant::now();
-        let prompt = self.prompt()?;
+        let asked = self.asked()?;
+        let prompt = &asked.prompt;
         if self.raw && prompt.is_none() {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
@@ -109,12 +127,22 @@ impl Run {
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
 
-        let loaded = self.compute.load(&self.model)?;
+        let loaded = self.compute.load(&asked.model)?;
         let batch = batch.unwrap_or(loaded.model.batch());
-        let kv = self.compute.kv_or_usual(&loaded.model.config);
-        let context = self.ctx.unwrap_or_else(|| self.compute.context(&loaded, kv, batch));
+        // What is not said anew is as the conversation began.
+        let before = asked.opened.as_ref().and_then(|(_, opened)| Some(&opened.chat().header()?.settings));
+        let kv = self.compute.kv().or_else(|| KvType::of_name(&before?.kv));
+        let kv = kv.unwrap_or_else(|| self.compute.kv_or_usual(&loaded.model.config));
+        let context = self.ctx.or_else(|| Some(before?.context.min(loaded.model.config.context)));
+        let context = context.unwrap_or_else(|| self.compute.context(&loaded, kv, batch));
         self.compute.check_fit(&loaded, kv, context.min(loaded.model.config.context), batch)?;
-        let sampling = self.sampling(session::recommended(&loaded.gguf)?);
+        let usual = match before {
+            Some(before) => sampling_of(before),
+            None => Sampling { seed: random_seed(), ..session::recommended(&loaded.gguf)? },
+        };
+        let sampling = self.sampling(usual);
+        sampling.check()?;
+        let system_before = asked.opened.as_ref().and_then(|(_, opened)| opened.chat().system());
         let options = Options {
             context,
             batch,
@@ -126,11 +154,36 @@ impl Run {
             think_budget: None,
             tools: Vec::new(),
             schema: None,
-            system: self.system.clone(),
+            system: self.system.as_deref().or(system_before).map(str::to_string),
         };
         let template = if self.raw { None } else { Some(Template::from_gguf(&loaded.gguf)?) };
         page_in(&loaded.model, &interrupt);
-        let session = Session::new(&loaded.model, &loaded.tokenizer, template, options)?;
+        let template_key = template.as_ref().map(|template| xxh3_64(template.source().as_bytes()));
+        let mut session = Session::new(&loaded.model, &loaded.tokenizer, template, options)?;
+        let chats = registry::home().map(|home| Chats::new(&home));
+        let source = self.compute.identity(&loaded)?;
+        if let (false, Some(chats)) = (self.raw, &chats) {
+            session.identify(&source, chats.caches());
+        }
+        let chats = chats.filter(|_| !self.no_save);
+        let template_key = format!("{:016x}", template_key.unwrap_or(0));
+        let mut keep = Keep::new(chats, model_name(&asked.model), source, template_key)?;
+        let name = registry_name(&asked.model);
+        if let Some((id, opened)) = asked.opened {
+            let resumed = keep.resume(&id, opened, &mut session)?;
+            if let Some(seed) = self.seed {
+                session.set_seed(seed);
+            }
+            if self.think != Think::Auto {
+                session.set_think(self.think == Think::On);
+            }
+            if prompt.is_none() {
+                eprintln_quietly(format_args!("{}", resumed.line(keep.id().unwrap_or(&id))));
+            }
+            if let Some(system) = &self.system {
+                keep.add(Entry { system: Some(system.clone()), ..Entry::now() });
+            }
+        }
         let limit = self.predict.unwrap_or(usize::MAX);
         let mut talk = Talk {
             session,
@@ -140,10 +193,11 @@ impl Run {
             hide_thinking: self.hide_thinking,
             totals: Usage::default(),
             last_end: None,
+            keep,
         };
-        let result = match &prompt {
+        let result = match prompt {
             Some(prompt) => once(&mut talk, prompt, self.raw),
-            None => chat::chat(&mut talk, &registry_name(&self.model)),
+            None => chat::chat(&mut talk, &name),
         };
         if self.stats {
             eprintln_quietly(format_args!("{}", talk.stats(self.compute.act(), start.elapsed())));
@@ -151,9 +205,47 @@ impl Run {
         result
     }
 
+    /// What the arguments mean together.
+    fn asked(&self) -> Result<Asked> {
+        let (mut model, mut prompt) = (self.model.clone(), self.prompt.clone());
+        let mut id = self.resume.clone().flatten();
+        if self.resume.is_some() && prompt.is_none() {
+            // `run -C "and then?"`, `run -C ID "and then?"`: what has spaces in it is something to say.
+            let says = |word: &OsString| !is_name(word) && !Path::new(word).exists();
+            prompt = match id.take_if(|id| says(id)) {
+                Some(said) => Some(said),
+                None => model.take_if(|model| says(model)),
+            };
+        }
+        let prompt = Run::prompt(prompt.as_ref())?;
+        if self.resume.is_none() {
+            return match model {
+                Some(model) => Ok(Asked { model, prompt, opened: None }),
+                None => Err(Error::usage("model: expected a name or a path").into()),
+            };
+        }
+        let saved = chats::saved()?;
+        let id = match id {
+            Some(id) => saved.find(&text::from_argument("continue", &id)?)?,
+            None => saved.newest(model.as_ref().map(model_name).as_deref()).ok_or_else(|| {
+                let of = model.as_ref().map(|model| format!(" with {}", model_name(model))).unwrap_or_default();
+                Error::new(gemrun::Kind::NotFound, format!("no conversation{of} to continue: gemrun chats lists them"))
+            })?,
+        };
+        let opened = saved.open(&id)?;
+        let model = match (model, opened.chat().header()) {
+            (Some(model), _) => model,
+            (None, Some(header)) => OsString::from(&header.model),
+            (None, None) => {
+                return Err(Error::usage(format!("{id}: does not say with which model: expected one beside -C")).into());
+            }
+        };
+        Ok(Asked { model, prompt, opened: Some((id, opened)) })
+    }
+
     /// The prompt, if there is one: the argument, piped standard input, or one after the other.
-    fn prompt(&self) -> Result<Option<String>> {
-        let prompt = match &self.prompt {
+    fn prompt(argument: Option<&OsString>) -> Result<Option<String>> {
+        let prompt = match argument {
             Some(prompt) => {
                 let argument = text::from_argument("prompt", prompt)?;
                 match text::piped_beside_prompt()? {
@@ -177,10 +269,31 @@ impl Run {
             top_k: self.top_k.unwrap_or(base.top_k),
             top_p: self.top_p.unwrap_or(base.top_p),
             min_p: self.min_p.unwrap_or(base.min_p),
-            repeat_penalty: self.repeat_penalty,
-            seed: self.seed.unwrap_or_else(random_seed),
+            repeat_penalty: self.repeat_penalty.unwrap_or(base.repeat_penalty),
+            seed: self.seed.unwrap_or(base.seed),
         }
     }
+}
+
+/// What the arguments mean together.
+struct Asked {
+    model: OsString,
+    prompt: Option<String>,
+    /// The conversation to continue and its name.
+    opened: Option<(String, Opened)>,
+}
+
+/// How tokens were chosen.
+fn sampling_of(settings: &Settings) -> Sampling {
+    let Settings { temperature, top_k, top_p, min_p, repeat_penalty, seed, .. } = *settings;
+    Sampling { temperature, top_k, top_p, min_p, repeat_penalty, seed }
+}
+
+/// A model argument as it means the same in any folder.
+fn model_name(model: &OsString) -> String {
+    let path = matches!(super::open::source(model), Ok(Source::File(_))) && Path::new(model).exists();
+    let absolute = std::path::absolute(model).ok().filter(|_| path);
+    absolute.map_or_else(|| model.to_string_lossy().into_owned(), |path| path.to_string_lossy().into_owned())
 }
 
 /// What to call the model at the chat prompt: its name, or the file's without folder and extension.
@@ -198,6 +311,7 @@ pub struct Talk<'m> {
     pub hide_thinking: bool,
     pub totals: Usage,
     pub last_end: Option<session::End>,
+    pub keep: Keep,
 }
 
 impl Talk<'_> {
@@ -295,6 +409,11 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
     written?;
     writeln!(out)?;
     out.flush()?;
+    keep::tell(&mut talk.session);
+    if reply.answered() {
+        talk.keep.turn(&talk.session, &reply, None);
+        talk.keep.save(&mut talk.session);
+    }
     match reply.end {
         session::End::Interrupted => Err(super::interrupted()),
         session::End::Context => {

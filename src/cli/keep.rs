@@ -1,0 +1,212 @@
+//! What a chat leaves on the disk: its transcript, line by line, and its cache, so that `run -C` goes on where it ended.
+//!
+//! A conversation gets its folder with its first message. That something cannot be saved is said once and is no reason to stop
+//! talking. Not here: the files themselves (`gemrun::chats`, `gemrun::kv::disk`).
+
+use std::time::{Duration, Instant};
+
+use gemrun::chats::transcript::{Chat, Entry, Header, Settings, now};
+use gemrun::chats::{Chats, Open, Opened};
+use gemrun::session::{Reply, Session};
+use gemrun::{Error, Result};
+
+use super::terminal::eprintln_quietly;
+
+/// Bytes all caches of conversations may take, where nothing else is said.
+const BUDGET: u64 = 2_000_000_000;
+
+/// Whether and where a conversation is kept.
+pub struct Keep {
+    chats: Option<Chats>,
+    /// What a new conversation's transcript begins with; its settings are taken from the session.
+    header: Header,
+    open: Option<Open>,
+    budget: u64,
+}
+
+/// What is known of a conversation that goes on.
+pub struct Resumed {
+    pub turns: usize,
+    pub tokens: usize,
+    pub time: Duration,
+}
+
+impl Resumed {
+    /// The same for people.
+    pub fn line(&self, id: &str) -> String {
+        let Resumed { turns, tokens, time } = self;
+        let turns = format!("{turns} turn{}", if *turns == 1 { "" } else { "s" });
+        format!("Continuing {id}: {turns}, {tokens} tokens back in {:.0} ms.", time.as_secs_f64() * 1e3)
+    }
+}
+
+impl Keep {
+    /// Keeps conversations among `chats`, or nowhere.
+    pub fn new(chats: Option<Chats>, model: String, source: String, template: String) -> Result<Keep> {
+        let settings = Settings::default();
+        let header = Header { chat: 0, created: now(), model, source, template, copy_of: None, settings };
+        Ok(Keep { chats, header, open: None, budget: budget()? })
+    }
+
+    /// Takes up a conversation that was opened; one that another process has open is copied.
+    pub fn resume(&mut self, id: &str, opened: Opened, session: &mut Session) -> Result<Resumed> {
+        let start = Instant::now();
+        let open = match opened {
+            Opened::Ours(open) => open,
+            Opened::Busy(chat) => {
+                let Some(chats) = &self.chats else { return Err(Error::usage("nowhere to keep a copy")) };
+                let settings = chat.header().map_or_else(|| settings(session), |header| header.settings.clone());
+                let header = Header { copy_of: Some(id.to_string()), created: now(), settings, ..self.header.clone() };
+                let open = chats.create(&header, &chat.title(), &chat.entries())?;
+                let copy = &open.id;
+                eprintln_quietly(format_args!("note: {id} is open in another gemrun: going on with a copy, {copy}"));
+                session.borrow_first(chats.folder().join(id));
+                open
+            }
+        };
+        if let Some(damage) = open.chat().damage() {
+            eprintln_quietly(format_args!("note: {}: {damage}", open.id));
+        }
+        let chat = open.chat();
+        show_to(session, chat);
+        let turns = chat.turns().len();
+        let tokens = session.keep_in(open.folder())?;
+        tell(session);
+        self.open = Some(open);
+        Ok(Resumed { turns, tokens, time: start.elapsed() })
+    }
+
+    /// The name of the conversation, once it has one.
+    pub fn id(&self) -> Option<&str> {
+        self.open.as_ref().map(|open| open.id.as_str())
+    }
+
+    /// Makes a folder for a conversation that begins with `about`, unless it has one.
+    pub fn begin(&mut self, session: &mut Session, about: &str) {
+        let (Some(chats), None) = (&self.chats, &self.open) else { return };
+        let header = Header { created: now(), settings: settings(session), ..self.header.clone() };
+        let created = chats.create(&header, about, &[]).and_then(|open| {
+            session.keep_in(open.folder())?;
+            Ok(open)
+        });
+        match created {
+            Ok(open) => self.open = Some(open),
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    /// The next message begins a new conversation.
+    pub fn end(&mut self, session: &mut Session) {
+        session.keep_nowhere();
+        self.open = None;
+    }
+
+    /// Writes down the turn that was just finished; with `undo`, in place of so many before it.
+    pub fn turn(&mut self, session: &Session, reply: &Reply, undo: Option<usize>) {
+        let (turn, seed) = (Some(session.last_turn().to_vec()), Some(session.options().sampling.seed));
+        self.add(Entry { undo, turn, seed, end: Some(reply.end.name().into()), ..Entry::now() });
+    }
+
+    /// Writes down what happened, if the conversation has begun.
+    pub fn add(&mut self, entry: Entry) {
+        if let Some(open) = &mut self.open
+            && let Err(error) = open.add(entry)
+        {
+            self.give_up(&error);
+        }
+    }
+
+    /// Saves the cache.
+    pub fn save(&mut self, session: &mut Session) {
+        let (Some(chats), Some(open)) = (&self.chats, &self.open) else { return };
+        match session.save() {
+            Ok(()) => {
+                chats.trim(self.budget, Some(open.folder()));
+            }
+            // The transcript is there: going on takes longer, that is all.
+            Err(error) => {
+                eprintln_quietly(format_args!("note: the cache is not saved: {error}"));
+                session.keep_nowhere();
+            }
+        }
+    }
+
+    fn give_up(&mut self, error: &Error) {
+        eprintln_quietly(format_args!("note: the conversation is not saved from now on: {error}"));
+        (self.chats, self.open) = (None, None);
+    }
+}
+
+/// Gives a session what was said, as far as the model is shown it.
+fn show_to(session: &mut Session, chat: &Chat) {
+    let messages = chat.turns().iter().flat_map(|turn| turn.messages.iter().cloned());
+    session.set_history(messages.collect());
+    session.set_think(chat.think());
+    if let Some(seed) = chat.seed() {
+        session.set_seed(seed);
+    }
+}
+
+/// How `session` is run.
+fn settings(session: &Session) -> Settings {
+    let options = session.options();
+    let sampling = &options.sampling;
+    Settings {
+        context: options.context,
+        kv: options.kv.name().into(),
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repeat_penalty: sampling.repeat_penalty,
+        seed: sampling.seed,
+        think: options.think,
+        system: options.system.clone(),
+        facts: Vec::new(),
+    }
+}
+
+/// Says what a session has to say.
+pub fn tell(session: &mut Session) {
+    for note in session.take_notes() {
+        eprintln_quietly(format_args!("note: {note}"));
+    }
+}
+
+/// `GEMRUN_CHATS_BUDGET`: bytes, or so many K, M, G of them.
+fn budget() -> Result<u64> {
+    match std::env::var("GEMRUN_CHATS_BUDGET") {
+        Ok(text) if !text.is_empty() => bytes(&text).ok_or_else(|| {
+            let text = gemrun::error::printable(&text);
+            Error::usage(format!("GEMRUN_CHATS_BUDGET: {text}: expected a number of bytes, such as 500M or 2G"))
+        }),
+        _ => Ok(BUDGET),
+    }
+}
+
+fn bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = match unit.trim_end_matches(['B', 'b']).to_ascii_uppercase().as_str() {
+        "" => 1,
+        "K" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets() {
+        assert_eq!(bytes("0"), Some(0));
+        assert_eq!(bytes("1234"), Some(1234));
+        assert_eq!((bytes("2G"), bytes("500 MB"), bytes("3k")), (Some(2_000_000_000), None, Some(3_000)));
+        assert_eq!((bytes("500MB"), bytes("-1"), bytes("1T"), bytes("G")), (Some(500_000_000), None, None, None));
+        assert_eq!(bytes("99999999999G"), None);
+    }
+}
