@@ -217,10 +217,9 @@ impl Run {
                 None => model.take_if(|model| says(model)),
             };
         }
-        let prompt = Run::prompt(prompt.as_ref())?;
         if self.resume.is_none() {
             return match model {
-                Some(model) => Ok(Asked { model, prompt, opened: None }),
+                Some(model) => Ok(Asked { model, prompt: Run::prompt(prompt.as_ref())?, opened: None }),
                 None => Err(Error::usage("model: expected a name or a path").into()),
             };
         }
@@ -240,7 +239,7 @@ impl Run {
                 return Err(Error::usage(format!("{id}: does not say with which model: expected one beside -C")).into());
             }
         };
-        Ok(Asked { model, prompt, opened: Some((id, opened)) })
+        Ok(Asked { model, prompt: Run::prompt(prompt.as_ref())?, opened: Some((id, opened)) })
     }
 
     /// The prompt, if there is one: the argument, piped standard input, or one after the other.
