@@ -286,6 +286,7 @@ impl<'m> Session<'m> {
     /// [`crate::Kind::Usage`] before [`Session::identify`].
     pub fn keep_in(&mut self, folder: &Path) -> Result<usize> {
         let Some(key) = self.key else { return Err(Error::usage("the conversation's model has no name")) };
+        self.others.retain(|other| other != folder);
         let window = self.model.config.window;
         let found = Saved::open(folder, &key, &self.state.kv).and_then(|saved| {
             let Some(saved) = saved.filter(|_| self.held.is_empty()) else { return Ok(None) };

@@ -214,7 +214,6 @@ fn a_killed_chat_keeps_its_finished_turns() {
         for _ in 0..turns - 1 {
             terminal.ask("/undo", "Taken back: ");
         }
-        turns = 1;
         // A finished turn, then death at some moment of the second or third.
         terminal.ask(&format!("Question {kill}"), " ]");
         terminal.press("Tell me a story about a lamp\rAnd another one\r");
@@ -225,7 +224,7 @@ fn a_killed_chat_keeps_its_finished_turns() {
         turns = messages.len() / 2;
         // A turn may be on the disk before its figures are on the screen.
         assert!(
-            messages.len() % 2 == 0 && turns >= finished && turns <= 4,
+            messages.len().is_multiple_of(2) && turns >= finished && turns <= 4,
             "kill {kill}: {finished} finished: {messages:?}"
         );
         assert_eq!(messages[0], "What is gemrun?");

@@ -56,8 +56,9 @@ impl Random {
 /// so another ring. Whatever it went through, its logits are those of one run from the beginning.
 #[test]
 fn continuing_is_never_having_stopped() {
-    const LEN: usize = 1500;
-    for (i, kind) in KINDS.into_iter().chain(KINDS).enumerate() {
+    const LEN: usize = 1200;
+    // Integers by the largest magnitude, then by static scales.
+    for (i, kind) in KINDS.into_iter().chain([KvType::Int8, KvType::Mixed]).enumerate() {
         let spec = spec(40 + i as u64);
         let gguf = model(&spec, i >= KINDS.len());
         let tokens = synth::tokens(&spec, LEN);
@@ -69,7 +70,7 @@ fn continuing_is_never_having_stopped() {
         let mut saved = Saved::empty(folder.path(), &key, &state.kv);
         let (mut marks, mut restored, mut marked, mut cut) = (Vec::new(), 0, 0, 0);
         Team::new(1).unwrap().enter(|team| {
-            for _ in 0..120 {
+            for _ in 0..100 {
                 let first = state.kv.len();
                 let add = (1 + random.below(state.batch())).min(LEN - first);
                 let logits = forward(&model, team, &mut state, &tokens[first..first + add], Want::All).unwrap();
@@ -108,7 +109,7 @@ fn continuing_is_never_having_stopped() {
             }
         });
         println!("{kind:?}: {restored} times restored, {marked} of them in the middle, {cut} times cut back");
-        assert!(restored > 10 && marked > 2 && cut > 3, "{kind:?}: {restored}, {marked}, {cut}");
+        assert!(restored > 8 && marked > 2 && cut > 2, "{kind:?}: {restored}, {marked}, {cut}");
     }
 }
 
