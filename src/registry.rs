@@ -77,6 +77,8 @@ pub struct Entry {
     pub quant: Option<String>,
     /// Bytes of the weights that are read again and again: all but the per-layer embeddings.
     pub hot_bytes: Option<u64>,
+    /// Bytes of the weights that one generated token reads, where a token reads a part of them: of experts, those it is sent to.
+    pub token_bytes: Option<u64>,
     /// Bytes of the per-layer embeddings, of which a token reads one row.
     #[serde(default)]
     pub ple_bytes: u64,
@@ -268,6 +270,11 @@ impl Entry {
         Some(self.kv_window_bytes?.saturating_add(self.kv_bytes_per_token?.saturating_mul(ctx)))
     }
 
+    /// Bytes of weights that one generated token reads.
+    pub fn token_bytes(&self) -> Option<u64> {
+        self.token_bytes.or(self.hot_bytes)
+    }
+
     /// Bytes of memory that a conversation of `ctx` positions takes, about: weights, keys and values, and what is beside them.
     pub fn resident_bytes(&self, ctx: u64) -> Option<u64> {
         /// Buffers and the tokenizer of a large vocabulary.
@@ -440,6 +447,8 @@ mod tests {
     #[derive(Default, Debug)]
     struct Sizes {
         hot: u64,
+        /// Of experts, the eight that a token is sent to.
+        token: u64,
         ple: u64,
         /// All tensors, each padded to a multiple of 32 bytes.
         padded: u64,
@@ -451,7 +460,7 @@ mod tests {
         fn sizes(&self) -> Sizes {
             const VOCAB: u64 = 262_144;
             let mut tensors: Vec<u64> = Vec::new();
-            let mut sizes = Sizes::default();
+            let (mut sizes, mut unused) = (Sizes::default(), 0);
             let (d, q4, q6) = (self.dim, |n: u64| n / 32 * 18, |n: u64| n / 256 * 210);
             // token_embd, output_norm, rope_freqs; per_layer_model_proj, per_layer_proj_norm
             tensors.extend([q6(d * VOCAB), 4 * d, 4 * 256]);
@@ -485,11 +494,13 @@ mod tests {
                 }
                 let [experts, width] = self.experts;
                 if experts > 0 {
+                    unused += q4(d * 3 * width) * (experts - 8);
                     tensors.extend([4 * d * experts, 4 * d, 4 * d, 4 * d, 4 * d, 4 * experts]); // router and norms
                     tensors.extend([q4(d * 2 * width * experts), q4(d * width * experts)]);
                 }
             }
             sizes.hot = tensors.iter().sum();
+            sizes.token = sizes.hot - unused;
             sizes.padded = tensors.iter().chain([&sizes.ple]).map(|bytes| bytes.next_multiple_of(32)).sum();
             sizes
         }
@@ -520,6 +531,7 @@ mod tests {
             let (_, entry) = registry.get(name).unwrap();
             let sizes = shape.sizes();
             assert_eq!((entry.hot_bytes, entry.ple_bytes), (Some(sizes.hot), sizes.ple), "{name}");
+            assert_eq!(entry.token_bytes(), Some(sizes.token), "{name}");
             // What is left of the file is its header: a vocabulary of 262144 tokens and its merges, the same for all.
             let header = entry.bytes.unwrap() - sizes.padded;
             assert!((15_815_552..=15_833_440).contains(&header), "{name}: {header} bytes of header");

@@ -74,10 +74,14 @@ impl Measured {
         (measured.cpu == super::cpu_name()).then_some(measured)
     }
 
-    /// Remembers `speeds`, (threads, bytes a second), beside what is known. That it cannot be written is no error: it is measured again.
+    /// Remembers `speeds`, (threads, bytes a second), beside what is known: the fastest counts, a busy machine only takes away.
+    /// That it cannot be written is no error: it is measured again.
     pub fn save(home: &Path, speeds: &[(usize, f64)]) {
         let mut measured = Measured::load(home).unwrap_or(Measured { cpu: super::cpu_name(), read: BTreeMap::new() });
-        measured.read.extend(speeds.iter().copied());
+        for (threads, speed) in speeds {
+            let best = measured.read.entry(*threads).or_default();
+            *best = best.max(*speed);
+        }
         if let Ok(text) = serde_json::to_string(&measured)
             && home.is_dir()
         {
@@ -170,7 +174,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         assert_eq!(Measured::load(home.path()), None);
         Measured::save(home.path(), &[(1, 9e9), (2, 15e9)]);
-        Measured::save(home.path(), &[(2, 16e9)]);
+        Measured::save(home.path(), &[(1, 8e9), (2, 16e9)]);
         let measured = Measured::load(home.path()).unwrap();
         assert_eq!([1, 2, 3].map(|threads| measured.read(threads)), [Some(9e9), Some(16e9), None]);
         std::fs::write(home.path().join(Measured::FILE), r#"{"cpu":"another","read":{"1":5}}"#).unwrap();
