@@ -118,6 +118,11 @@ pub fn load_average() -> Option<f64> {
     Root::system().text("proc/loadavg")?.split_whitespace().next()?.parse().ok()
 }
 
+/// A name of this start of the computer, another after each, where the system tells.
+pub fn boot_id() -> Option<String> {
+    Root::system().line("proc/sys/kernel/random/boot_id")
+}
+
 /// Where the kernel's files are looked for.
 #[derive(Debug, Clone)]
 pub struct Root(PathBuf);

@@ -100,7 +100,7 @@ fn busy(target: &Path) -> Error {
 }
 
 /// Whether `file` is what now has the name `path`; `true` where the system does not tell.
-fn same_file(file: &File, path: &Path) -> bool {
+pub(crate) fn same_file(file: &File, path: &Path) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
@@ -115,7 +115,7 @@ fn same_file(file: &File, path: &Path) -> bool {
 }
 
 /// Makes the name of `file` as lasting as its contents.
-fn sync_directory(file: &Path) -> Result<()> {
+pub(crate) fn sync_directory(file: &Path) -> Result<()> {
     #[cfg(unix)]
     {
         let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

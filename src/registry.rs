@@ -1,9 +1,13 @@
 //! What a model name on the command line stands for.
 //!
 //! `models.toml` is built in: names, and where each file comes from. One in the store is laid over it. A name is looked up
-//! there and then in the store, one directory of plain GGUF files that keep the names their authors gave them. Anything
-//! that looks like a path is a path. What a table says is checked before it becomes part of a path or an address. Nothing
-//! here opens a model or talks to a network.
+//! there and then in the store, which has a folder for each repository, of plain GGUF files that keep the names their authors
+//! gave them. `hf:owner/repo:file` names a file that no table knows. Anything that looks like a path is a path. What a table says is checked before it becomes part of a path or an address.
+//!
+//! Files of the store are [`store`]'s, fetching them is [`download`]'s. Nothing here opens a model or talks to a network.
+
+pub mod download;
+pub mod store;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -103,7 +107,7 @@ pub struct Entry {
     pub notes: Option<String>,
 }
 
-/// A file in a repository, and what is known of it.
+/// A file in a repository, and what is known of it. Each part can stand in a path and in an address as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Remote {
     /// `owner/name`.
@@ -116,6 +120,34 @@ pub struct Remote {
     pub bytes: Option<u64>,
     /// SHA-256 of the complete file, in hex.
     pub sha256: Option<String>,
+    /// SHA-256 of earlier uploads of the same file.
+    #[serde(skip)]
+    pub supersedes: Vec<String>,
+    /// The revision is not the usual one of this repository, so its files have a folder of their own.
+    #[serde(skip)]
+    pub apart: bool,
+}
+
+/// `hf:owner/repo[:file][@revision]`: a file of a repository that need not be in any table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// `owner/name`.
+    pub repo: String,
+    /// File name; without one it is the only model there.
+    pub file: Option<String>,
+    /// Commit, branch or tag.
+    pub revision: Option<String>,
+}
+
+/// What a MODEL argument means, wherever it may be.
+#[derive(Debug)]
+pub enum Wanted<'a> {
+    /// A known model, by its name.
+    Known(&'a str, &'a Entry),
+    /// A file of a repository.
+    Hub(Reference),
+    /// A file.
+    Path(PathBuf),
 }
 
 /// Where a model was found.
@@ -202,25 +234,92 @@ impl Registry {
         named.or_else(|| self.models().find(|(_, entry)| entry.aliases.iter().any(|alias| alias == name)))
     }
 
-    /// What `model` stands for: a path (anything with a slash or ending in `.gguf`), a known name, or an existing
-    /// file. A known model that is not in the store is [`Kind::NotFound`] with where to get it and where to put it;
-    /// so is an unknown name, with the names there are.
-    pub fn find(&self, model: &str, store: Option<&Path>) -> Result<Source> {
+    /// What `model` means: `hf:` and a file of a repository, a path (anything with a slash or ending in `.gguf`), a known
+    /// name, or an existing file.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for an unknown name, with the names there are; [`Kind::Usage`] for `hf:` and something else.
+    pub fn wanted(&self, model: &str) -> Result<Wanted<'_>> {
         if let Some(rest) = model.strip_prefix("hf:") {
-            let error =
-                format!("{model}: downloads are not supported: get {rest} yourself and give the path of the file");
-            return Err(Error::unsupported(error));
+            let reference = Reference::parse(rest)?;
+            let mut same = self.models().filter(|(_, entry)| entry.remote().is_some_and(|own| reference.means(&own)));
+            return Ok(match (same.next(), same.next()) {
+                (Some((name, entry)), None) => Wanted::Known(name, entry),
+                _ => Wanted::Hub(reference),
+            });
         }
         if is_path(model) {
-            return Ok(Source::File(PathBuf::from(model)));
+            return Ok(Wanted::Path(PathBuf::from(model)));
         }
         if let Some((name, entry)) = self.get(model) {
-            return entry.find(name, store);
+            return Ok(Wanted::Known(name, entry));
         }
         if Path::new(model).is_file() {
-            return Ok(Source::File(PathBuf::from(model)));
+            return Ok(Wanted::Path(PathBuf::from(model)));
         }
         Err(self.unknown(model))
+    }
+
+    /// Where `model` is. The network is not asked.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if it is not in the store, with the command that puts it there; those of [`Registry::wanted`].
+    pub fn find(&self, model: &str, home: Option<&Path>) -> Result<Source> {
+        let missing = |what: String| Error::new(Kind::NotFound, format!("{model}: {what}"));
+        let home = || home.ok_or_else(|| missing("no home directory to look for models in: set GEMRUN_HOME".into()));
+        match self.wanted(model)? {
+            Wanted::Path(path) => Ok(Source::File(path)),
+            Wanted::Known(name, entry) if entry.embedded => Ok(Source::Embedded(name.to_string())),
+            Wanted::Known(name, entry) => match entry.place(home()?).filter(|path| path.is_file()) {
+                Some(path) => Ok(Source::File(path)),
+                None => {
+                    let size = entry.bytes.map(|bytes| format!(" ({:.2} GB)", bytes as f64 / 1e9)).unwrap_or_default();
+                    Err(missing(format!("not downloaded: gemrun pull {name}{size}")))
+                }
+            },
+            Wanted::Hub(reference) => {
+                let folder = self.remote(&reference, "").folder(home()?);
+                let files: Vec<PathBuf> = match &reference.file {
+                    Some(file) => Some(folder.join(file)).filter(|path| path.is_file()).into_iter().collect(),
+                    None => store::list(&folder).into_iter().filter(|f| f.whole).map(|f| f.path).collect(),
+                };
+                match files.as_slice() {
+                    [file] => Ok(Source::File(file.clone())),
+                    [] => Err(missing(format!("not downloaded: gemrun pull {model}"))),
+                    several => {
+                        let names = several.iter().filter_map(|path| path.file_name()?.to_str());
+                        let error = format!("{model}: several files: name one, as in {model}:FILE");
+                        Err(Error::usage(format!("{error}: {}", names.collect::<Vec<_>>().join(", "))))
+                    }
+                }
+            }
+        }
+    }
+
+    /// `file` of the repository that `reference` names, and what the tables know of it.
+    pub fn remote(&self, reference: &Reference, file: &str) -> Remote {
+        let mut known = self.models().flat_map(|(_, entry)| entry.remotes());
+        let exact = |own: &Remote| own.file == file && reference.means(own);
+        let usual = |own: &Remote| own.repo == reference.repo && own.revision == reference.revision;
+        known.find(exact).unwrap_or_else(|| Remote {
+            apart: reference.revision.is_some() && !self.models().flat_map(|(_, e)| e.remotes()).any(|own| usual(&own)),
+            revision: reference.revision.clone(),
+            ..Remote::new(&reference.repo, file)
+        })
+    }
+
+    /// The name of what lies at `path` in the store: of a known model, or `hf:` and where it came from.
+    pub fn name_of(&self, path: &Path, home: &Path) -> Option<String> {
+        let known = self.models().find(|(_, entry)| entry.place(home).is_some_and(|place| place == path));
+        if let Some((name, _)) = known {
+            return Some(name.to_string());
+        }
+        let folder = path.parent().filter(|folder| folder.parent() == Some(&store::directory(home)))?;
+        let (folder, file) = (folder.file_name()?.to_str()?, path.file_name()?.to_str()?);
+        let (repo, revision) = folder.split_once('@').map_or((folder, None), |(repo, revision)| (repo, Some(revision)));
+        let (owner, repo) = repo.split_once("--")?;
+        let revision = revision.map(|revision| format!("@{revision}")).unwrap_or_default();
+        Some(format!("hf:{owner}/{repo}:{file}{revision}"))
     }
 
     /// That nothing has this name, and what has.
@@ -234,24 +333,14 @@ impl Registry {
 }
 
 impl Entry {
-    fn find(&self, name: &str, store: Option<&Path>) -> Result<Source> {
-        if self.embedded {
-            return Ok(Source::Embedded(name.to_string()));
-        }
-        let (Some(file), Some(repo)) = (&self.file, &self.repo) else {
-            return Err(Error::invalid(format!("models.toml: {name}: neither embedded nor a file of a repository")));
-        };
-        let Some(store) = store else {
-            let error = format!("{name}: no home directory to look for {file} in: set GEMRUN_HOME");
-            return Err(Error::new(Kind::NotFound, error));
-        };
-        let path = store.join("models").join(file);
-        if path.is_file() {
-            return Ok(Source::File(path));
-        }
-        let size = self.bytes.map(|bytes| format!(" ({:.2} GB)", bytes as f64 / 1e9)).unwrap_or_default();
-        let error = format!("{name}: not downloaded: put {file}{size} from {repo} at {}", path.display());
-        Err(Error::new(Kind::NotFound, error))
+    /// Where the model is or would be in the store at `home`; `None` if it is part of the program. A file that somebody put
+    /// beside the folders, with the right name and size, will do.
+    pub fn place(&self, home: &Path) -> Option<PathBuf> {
+        let remote = self.remote()?;
+        let (place, flat) = (remote.place(home), store::directory(home).join(&remote.file));
+        let size = |bytes| remote.bytes.is_none_or(|expected| expected == bytes);
+        let by_hand = || std::fs::metadata(&flat).is_ok_and(|meta| meta.is_file() && size(meta.len()));
+        Some(if !place.exists() && by_hand() { flat } else { place })
     }
 
     /// Where the file comes from; `None` for a model that is part of the program.
@@ -262,7 +351,14 @@ impl Entry {
             file: self.file.clone()?,
             bytes: self.bytes,
             sha256: self.sha256.clone(),
+            supersedes: self.supersedes.clone(),
+            apart: false,
         })
+    }
+
+    /// The file itself and those that belong to it.
+    fn remotes(&self) -> Vec<Remote> {
+        self.remote().into_iter().chain(self.projector.clone()).chain(self.drafter.clone()).collect()
     }
 
     /// Bytes of keys and values for a conversation of `ctx` positions, as f16.
@@ -290,19 +386,35 @@ impl Entry {
         for hash in &self.supersedes {
             check_hex("supersedes", hash, 64)?;
         }
-        let extras = [("projector", self.projector.clone()), ("drafter", self.drafter.clone())];
-        for (key, remote) in extras.into_iter().filter_map(|(key, remote)| Some((key, remote?))) {
-            remote.check().map_err(|e| e.within(key))?;
+        for (key, remote) in [("projector", &self.projector), ("drafter", &self.drafter)] {
+            remote.as_ref().map_or(Ok(()), Remote::check).map_err(|e| e.within(key))?;
         }
-        self.remote().map_or(Ok(()), |remote| remote.check())
+        self.remote().as_ref().map_or(Ok(()), Remote::check)
     }
 }
 
 impl Remote {
+    /// A file of which nothing else is known.
+    pub fn new(repo: &str, file: &str) -> Remote {
+        let (repo, file) = (repo.to_string(), file.to_string());
+        Remote { repo, revision: None, file, bytes: None, sha256: None, supersedes: Vec::new(), apart: false }
+    }
+
+    /// The folder of its repository in the store at `home`.
+    fn folder(&self, home: &Path) -> PathBuf {
+        let revision = self.revision.iter().filter(|_| self.apart).map(|revision| format!("@{revision}"));
+        let name = self.repo.replace('/', "--");
+        store::directory(home).join(revision.fold(name, |name, revision| name + &revision))
+    }
+
+    /// Where it is or would be in the store at `home`.
+    pub fn place(&self, home: &Path) -> PathBuf {
+        self.folder(home).join(&self.file)
+    }
+
     /// That each part can stand in a path and in an address as it is.
-    fn check(&self) -> Result<()> {
-        let repo = self.repo.split_once('/').filter(|(owner, name)| is_name(owner) && is_name(name));
-        if repo.is_none() {
+    pub(crate) fn check(&self) -> Result<()> {
+        if !is_repo(&self.repo) {
             return Err(Error::invalid(format!("repo: {}: expected owner/name", self.repo)));
         }
         if !is_name(&self.file) {
@@ -312,6 +424,39 @@ impl Remote {
             return Err(Error::invalid(format!("revision: {revision}: expected a commit, branch or tag")));
         }
         self.sha256.as_ref().map_or(Ok(()), |hash| check_hex("sha256", hash, 64))
+    }
+}
+
+impl Reference {
+    /// What stands behind `hf:`.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] if it does not have the form.
+    pub fn parse(text: &str) -> Result<Reference> {
+        let (rest, revision) = text.rsplit_once('@').map_or((text, None), |(rest, revision)| (rest, Some(revision)));
+        let (repo, file) = rest.split_once(':').map_or((rest, None), |(repo, file)| (repo, Some(file)));
+        let sound = is_repo(repo) && file.is_none_or(is_name) && revision.is_none_or(is_name);
+        let own = |text: &str| text.to_string();
+        match sound {
+            true => Ok(Reference { repo: own(repo), file: file.map(own), revision: revision.map(own) }),
+            false => Err(Error::usage(format!("hf:{text}: expected hf:OWNER/REPO[:FILE][@REVISION]"))),
+        }
+    }
+
+    /// That each part has its form, wherever the parts are from.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if one has not.
+    pub fn check(&self) -> Result<()> {
+        let file = self.file.as_deref().unwrap_or("x");
+        Remote { revision: self.revision.clone(), ..Remote::new(&self.repo, file) }.check()
+    }
+
+    /// Whether `remote` is what is meant: where nothing is said of file and revision, the known ones.
+    fn means(&self, remote: &Remote) -> bool {
+        self.repo == remote.repo
+            && self.file.as_ref().is_none_or(|file| *file == remote.file)
+            && (self.revision.is_none() || self.revision == remote.revision)
     }
 }
 
@@ -339,9 +484,14 @@ fn lay_over(table: &mut Table, user: Table) {
 
 /// Whether `text` is a name that stands for itself in a path and in an address: letters, digits, `.`, `_`, `-`; not hidden, and so
 /// neither `.` nor `..`; not empty and not of a length file systems refuse.
-fn is_name(text: &str) -> bool {
+pub fn is_name(text: &str) -> bool {
     let known = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     (1..=200).contains(&text.len()) && !text.starts_with('.') && text.chars().all(known)
+}
+
+/// Whether `text` is `owner/name`. Two hyphens in a row, which the hub does not allow either, divide the two in the names of folders.
+fn is_repo(text: &str) -> bool {
+    text.split_once('/').is_some_and(|(owner, name)| is_name(owner) && is_name(name)) && !text.contains("--")
 }
 
 /// Whether a MODEL argument can only be meant as a path.
@@ -611,20 +761,78 @@ mod tests {
 
     #[test]
     fn a_name_finds_its_file_in_the_store() {
-        let home = tempfile::tempdir().unwrap();
-        let missing = registry().find("e2b", Some(home.path())).unwrap_err();
-        assert_eq!(missing.exit_code(), 3);
-        let path = home.path().join("models/gemma-4-E2B_q4_0-it.gguf");
+        let (registry, home) = (registry(), tempfile::tempdir().unwrap());
+        let find = |model: &str| registry.find(model, Some(home.path()));
+        let missing = find("e2b").unwrap_err();
         assert_eq!(
-            missing.to_string(),
-            format!(
-                "e2b: not downloaded: put gemma-4-E2B_q4_0-it.gguf (3.35 GB) from google/gemma-4-E2B-it-qat-q4_0-gguf at {}",
-                path.display()
-            )
+            (missing.exit_code(), missing.to_string().as_str()),
+            (3, "e2b: not downloaded: gemrun pull e2b (3.35 GB)")
         );
-        std::fs::create_dir(home.path().join("models")).unwrap();
+        let folder = home.path().join("models/google--gemma-4-E2B-it-qat-q4_0-gguf");
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("gemma-4-E2B_q4_0-it.gguf");
         std::fs::write(&path, "").unwrap();
-        assert_eq!(registry().find("e2b", Some(home.path())).unwrap(), Source::File(path));
+        let other = "hf:google/gemma-4-E2B-it-qat-q4_0-gguf:gemma-4-E2B_q4_0-it.gguf";
+        let pinned = format!("{other}@675cff42a74c774d6cb76f76d8eacb49b48c9b93");
+        for name in ["e2b", "gemma-4-e2b", "hf:google/gemma-4-E2B-it-qat-q4_0-gguf", other, &pinned] {
+            assert_eq!(find(name).unwrap(), Source::File(path.clone()), "{name}");
+        }
+        assert_eq!(registry.name_of(&path, home.path()).unwrap(), "e2b");
+        assert_eq!(find(&format!("{other}@main")).unwrap_err().exit_code(), 3, "another revision is another file");
+
+        // Beside the folders only what has the right size.
+        let flat = home.path().join("models/gemma-4-E4B_q4_0-it.gguf");
+        let file = std::fs::File::create(&flat).unwrap();
+        assert_eq!(find("e4b").unwrap_err().exit_code(), 3);
+        file.set_len(5_154_941_280).unwrap();
+        assert_eq!(find("e4b").unwrap(), Source::File(flat));
+    }
+
+    #[test]
+    fn files_of_repositories_have_names_of_their_own() {
+        let (registry, home) = (registry(), tempfile::tempdir().unwrap());
+        let find = |model: &str| registry.find(model, Some(home.path()));
+        let put = |path: &str| {
+            let path = home.path().join("models").join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, "").unwrap();
+            path
+        };
+        assert_eq!(find("hf:me/mine").unwrap_err().to_string(), "hf:me/mine: not downloaded: gemrun pull hf:me/mine");
+        let one = put("me--mine/one.gguf");
+        put("me--mine/unfinished.gguf.part");
+        assert_eq!(find("hf:me/mine").unwrap(), Source::File(one.clone()));
+        assert_eq!(registry.name_of(&one, home.path()).unwrap(), "hf:me/mine:one.gguf");
+        let two = put("me--mine/two.gguf");
+        assert_eq!(find("hf:me/mine:two.gguf").unwrap(), Source::File(two));
+        let several = find("hf:me/mine").unwrap_err();
+        assert_eq!(
+            several.to_string(),
+            "hf:me/mine: several files: name one, as in hf:me/mine:FILE: one.gguf, two.gguf"
+        );
+        let apart = put("me--mine@v2/one.gguf");
+        assert_eq!(find("hf:me/mine@v2").unwrap(), Source::File(apart.clone()));
+        assert_eq!(registry.name_of(&apart, home.path()).unwrap(), "hf:me/mine:one.gguf@v2");
+        for wrong in [
+            "hf:",
+            "hf:mine",
+            "hf:me/mine/x",
+            "hf:../mine",
+            "hf:me/..",
+            "hf:me/mine:../x",
+            "hf:me/mine:a/b.gguf",
+            "hf:me/mine@a/b",
+            "hf:me/mine@..",
+            "hf:me/mine:",
+            "hf:me/mine@",
+            "hf:me/mi--ne",
+            "hf:me/m\u{e9}",
+            "hf:me/mine?x=y",
+        ] {
+            let error = find(wrong).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{wrong}");
+            assert!(error.to_string().ends_with("expected hf:OWNER/REPO[:FILE][@REVISION]"), "{error}");
+        }
     }
 
     #[test]
@@ -636,7 +844,6 @@ mod tests {
             "e2: no such model or file: did you mean e2b? known names: 12b, 26b-a4b, 31b, demo, demo-mobile, e2b, e2b-mobile, e2b-s, e2b-ud, e4b, e4b-mobile, e4b-s; or give a path"
         );
         assert!(!registry().find("llama", None).unwrap_err().to_string().contains("did you mean"));
-        assert_eq!(registry().find("hf:google/x", None).unwrap_err().exit_code(), 6);
     }
 
     #[test]

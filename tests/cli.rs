@@ -88,12 +88,7 @@ fn exit_codes_and_error_lines() {
             3,
             "dem: no such model or file: did you mean demo? known names: 12b, 26b-a4b, 31b, demo, demo-mobile, e2b, e2b-mobile, e2b-s, e2b-ud, e4b, e4b-mobile, e4b-s; or give a path",
         ),
-        (
-            &["show", "31b"],
-            3,
-            "31b: not downloaded: put gemma-4-31B_q4_0-it.gguf (17.65 GB) from google/gemma-4-31B-it-qat-q4_0-gguf at \
-             /nonexistent/models/gemma-4-31B_q4_0-it.gguf",
-        ),
+        (&["show", "31b"], 3, "31b: not downloaded: gemrun pull 31b (17.65 GB)"),
         (&["show", broken], 5, "broken.gguf: header: does not start with GGUF: expected a GGUF file"),
         (&["detokenize", "demo", "2048"], 2, "token id 2048: expected less than 2048, the vocabulary of demo"),
         (

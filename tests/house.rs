@@ -33,6 +33,7 @@ const OWNED: &[(&str, &str)] = &[
     ("tokenizers", "tokenizer"),
     ("toml", "registry"),
     ("serde_ignored", "registry"),
+    ("ureq", "registry"),
     ("safetensors", "convert"),
     ("fancy_regex", "convert"),
     ("llguidance", "guide"),

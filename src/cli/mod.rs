@@ -18,11 +18,13 @@ mod pack;
 mod page_in;
 mod pages;
 mod progress;
+mod pull;
 mod run;
 mod screen;
 mod selftest;
 mod show;
 mod status;
+mod store;
 mod template;
 mod terminal;
 mod text;
@@ -43,13 +45,15 @@ use gemrun::{Error, Kind};
     version,
     max_term_width = 100,
     disable_help_subcommand = true,
-    after_help = "MODEL is a name (demo, e2b, ...) or the path of a GGUF file.\n\n\
+    after_help = "MODEL is a name (demo, e2b, ...), the path of a GGUF file, or hf:OWNER/REPO[:FILE][@REVISION] once it is pulled.\n\n\
         Example: gemrun run demo \"Once upon a time\"\n\n\
         Environment:\n  \
         GEMRUN_HOME          where models and conversations are kept\n  \
         GEMRUN_THREADS       default of --threads\n  \
         GEMRUN_KERNEL        default of --kernel\n  \
         GEMRUN_CHATS_BUDGET  bytes the caches of all conversations may take [2G]\n  \
+        HF_ENDPOINT          where models are downloaded from\n  \
+        HF_TOKEN             access token for downloads\n  \
         NO_COLOR             no colours if set\n\n\
         Exit codes: 0 ok, 1 other failure, 2 usage, 3 not found, 4 does not fit in memory, 5 invalid file,\n\
         6 unsupported CPU, format or architecture, 10 self-test failed, 130 interrupted"
@@ -63,6 +67,12 @@ struct Cli {
 enum Command {
     Run(Box<run::Run>),
     Chats(chats::Chats),
+    Pull(pull::Pull),
+    List(store::List),
+    Path(store::Locate),
+    Verify(store::Verify),
+    Rm(store::Rm),
+    Import(store::Import),
     Show(show::Show),
     Tokenize(tokenize::Tokenize),
     Detokenize(tokenize::Detokenize),
@@ -136,6 +146,12 @@ fn run(command: Option<Command>) -> Result {
         None => welcome::welcome(),
         Some(Command::Run(run)) => run.run(),
         Some(Command::Chats(chats)) => chats.run(),
+        Some(Command::Pull(pull)) => pull.run(),
+        Some(Command::List(list)) => list.run(),
+        Some(Command::Path(path)) => path.run(),
+        Some(Command::Verify(verify)) => verify.run(),
+        Some(Command::Rm(rm)) => rm.run(),
+        Some(Command::Import(import)) => import.run(),
         Some(Command::Show(show)) => show.run(),
         Some(Command::Tokenize(tokenize)) => tokenize.run(),
         Some(Command::Detokenize(detokenize)) => detokenize.run(),

@@ -326,7 +326,10 @@ pub fn source(model: &OsStr) -> Result<Source> {
 /// The known models. What the user's own table has that nobody knows is said, once.
 pub fn registry(home: Option<&Path>) -> Result<Registry> {
     let registry = Registry::load(home)?;
-    registry.warnings.iter().for_each(|warning| eprintln_quietly(format_args!("note: {warning}")));
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        registry.warnings.iter().for_each(|warning| eprintln_quietly(format_args!("note: {warning}")));
+    });
     Ok(registry)
 }
 

@@ -102,6 +102,38 @@ impl Pack {
     }
 }
 
+/// Writes a packed copy of a model that has just arrived, if it pays and there is room. A model is complete without one, so what
+/// stands in the way is said and no failure; but for Ctrl-C.
+pub fn after_pull(model: &str, path: &Path, interrupt: &AtomicBool) -> Result {
+    let Some(store) = registry::home() else { return Ok(()) };
+    let model = gemrun::error::printable(model);
+    let packed = Gguf::open(path).and_then(|source| {
+        if matches!(pack::find(&store, &source), Found::Copy(_)) {
+            return Ok(None);
+        }
+        let loaded = Model::load(&source, &Numerics::default())?;
+        if loaded.interleavable().is_empty() {
+            return Ok(None);
+        }
+        let mut shown = Shown::new("packing", interrupt);
+        let copy = pack::write(&store, &source, loaded.interleavable(), &mut |done, total| shown.at(done, total));
+        shown.end();
+        copy.map(Some)
+    });
+    match packed {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => {
+            eprintln_quietly(format_args!("{model}: packed, for faster text"));
+            Ok(())
+        }
+        Err(error) if error.kind() == Kind::Interrupted => Err(error.into()),
+        Err(error) => {
+            eprintln_quietly(format_args!("note: {model}: no packed copy: {error}"));
+            Ok(())
+        }
+    }
+}
+
 /// The path of the copy.
 fn print(path: &Path) -> Result {
     Ok(writeln!(std::io::stdout(), "{}", path.display())?)

@@ -15,6 +15,8 @@ pub struct Shown<'a> {
     bar: ProgressBar,
     interrupt: &'a AtomicBool,
     start: Instant,
+    /// What was done at the start.
+    begun: Option<u64>,
     /// When the next line is due.
     next: Duration,
 }
@@ -28,7 +30,7 @@ impl<'a> Shown<'a> {
         let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {wide_bar} {bytes_per_sec}, {eta} left");
         let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::new(0).with_style(style).with_message(what);
-        Shown { what, bar, interrupt, start: Instant::now(), next: EVERY }
+        Shown { what, bar, interrupt, start: Instant::now(), begun: None, next: EVERY }
     }
 
     /// Shows that so many bytes are done; whether to go on.
@@ -36,12 +38,18 @@ impl<'a> Shown<'a> {
         if self.interrupt.load(Ordering::Relaxed) {
             return ControlFlow::Break(());
         }
+        let begun = *self.begun.get_or_insert_with(|| {
+            // What another process did counts as done, but not as speed.
+            self.bar.set_position(done);
+            self.bar.reset_eta();
+            done
+        });
         self.bar.set_length(total);
         self.bar.set_position(done);
         let elapsed = self.start.elapsed();
         if elapsed >= self.next && !std::io::stderr().is_terminal() {
             self.next = elapsed + EVERY;
-            eprintln_quietly(format_args!("{}", line(self.what, done, total, elapsed)));
+            eprintln_quietly(format_args!("{}", line(self.what, begun, done, total, elapsed)));
         }
         ControlFlow::Continue(())
     }
@@ -54,8 +62,8 @@ impl<'a> Shown<'a> {
 }
 
 /// `packing: 1.20 of 3.35 GB, 240 MB/s, 9 s left`.
-fn line(what: &str, done: u64, total: u64, elapsed: Duration) -> String {
-    let speed = done as f64 / elapsed.as_secs_f64();
+fn line(what: &str, begun: u64, done: u64, total: u64, elapsed: Duration) -> String {
+    let speed = done.saturating_sub(begun) as f64 / elapsed.as_secs_f64();
     let left = total.saturating_sub(done) as f64 / speed;
     let (done, total, speed) = (done as f64 / 1e9, total as f64 / 1e9, speed / 1e6);
     format!("{what}: {done:.2} of {total:.2} GB, {speed:.0} MB/s, {left:.0} s left")
@@ -68,7 +76,7 @@ mod tests {
     #[test]
     fn progress_without_a_terminal() {
         assert_eq!(
-            line("packing", 1_200_000_000, 3_350_000_000, Duration::from_secs(5)),
+            line("packing", 0, 1_200_000_000, 3_350_000_000, Duration::from_secs(5)),
             "packing: 1.20 of 3.35 GB, 240 MB/s, 9 s left"
         );
     }

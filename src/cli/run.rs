@@ -30,7 +30,7 @@ use super::keep::Keep;
 use super::open::{Compute, Loaded, Threads};
 use super::page_in::page_in;
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{Result, chat, chats, keep, text};
+use super::{Result, chat, chats, keep, pull, text};
 
 /// Chat with a model, or answer one prompt
 #[derive(Args)]
@@ -127,6 +127,9 @@ impl Run {
         self.sampling(Sampling::default()).check()?;
         let interrupt = interrupt_flag()?;
 
+        if let Some(name) = asked.model.to_str() {
+            pull::offer(name, &interrupt)?;
+        }
         let loaded = self.compute.load(&asked.model)?;
         let batch = batch.unwrap_or(loaded.model.batch());
         // What is not said anew is as the conversation began.

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod damage;
 pub mod examine;
 pub mod golden;
+pub mod hub;
 pub mod mobile;
 pub mod npy;
 pub mod pieces;
