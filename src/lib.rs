@@ -7,6 +7,7 @@ pub mod chats;
 pub mod config;
 pub mod convert;
 pub mod error;
+pub mod facts;
 pub mod fit;
 pub mod forward;
 pub mod gguf;

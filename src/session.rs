@@ -7,6 +7,8 @@
 //! Generation stops at a stop token, a limit, the end of the context, or when asked to; the conversation stays usable
 //! in every case. Showing text to people is the caller's business.
 
+mod overflow;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +28,8 @@ use crate::team::Team;
 use crate::template::{self, Template};
 use crate::tokenizer::{Decoder, Tokenizer};
 use crate::{Error, Result};
+
+pub use overflow::Overflow;
 
 /// How a conversation is run.
 #[derive(Debug, Clone)]
@@ -52,6 +56,8 @@ pub struct Options {
     pub schema: Option<Schema>,
     /// The system prompt.
     pub system: Option<String>,
+    /// What happens when the context is full.
+    pub overflow: Overflow,
 }
 
 /// Progress of a reply.
@@ -64,6 +70,8 @@ pub enum Event<'a> {
         /// Tokens to compute.
         total: usize,
     },
+    /// What happens to the conversation, for people.
+    Note(&'a str),
     /// More of the answer.
     Answer(&'a str),
     /// More of the model's thoughts.
@@ -204,6 +212,11 @@ pub fn recommended(gguf: &Gguf) -> Result<Sampling> {
     Ok(sampling)
 }
 
+/// A message about a document: what was read stays the same whatever is asked of it.
+pub fn before(document: &str, question: &str) -> String {
+    format!("{}\n\n{question}", document.trim_end())
+}
+
 /// Counts the changes to the arithmetic by which any bit of a key or value became another: caches of another count are computed anew.
 const NUMERICS: u32 = 1;
 
@@ -220,6 +233,10 @@ pub struct Session<'m> {
     held: Vec<u32>,
     /// Messages of user, assistant and tools, as the template wants them.
     messages: Vec<Value>,
+    /// The first of them that the model is shown.
+    first: usize,
+    /// What it is shown instead of those before.
+    summary: Option<String>,
     /// What the cache is of, once that was said.
     key: Option<Key>,
     /// Where the cache is kept.
@@ -264,6 +281,8 @@ impl<'m> Session<'m> {
             options,
             held: Vec::new(),
             messages: Vec::new(),
+            first: 0,
+            summary: None,
             key: None,
             saved: None,
             others: Vec::new(),
@@ -373,6 +392,7 @@ impl<'m> Session<'m> {
     /// Puts other messages in place of those so far.
     pub fn set_history(&mut self, messages: Vec<Value>) {
         self.messages = messages;
+        (self.first, self.summary) = (0, None);
     }
 
     /// Sets the seed of the random choices, from the next reply on.
@@ -393,13 +413,16 @@ impl<'m> Session<'m> {
 
     /// Forgets all messages; the system prompt stays.
     pub fn clear(&mut self) {
-        self.messages.clear();
+        self.set_history(Vec::new());
     }
 
     /// Forgets the last user message and what was answered; returns the message.
     pub fn undo(&mut self) -> Option<String> {
         let user = self.messages.iter().rposition(|message| message["role"] == "user")?;
         let message = self.messages.drain(user..).next()?;
+        if self.first > user {
+            (self.first, self.summary) = (0, None);
+        }
         message["content"].as_str().map(str::to_string)
     }
 
@@ -444,7 +467,7 @@ impl<'m> Session<'m> {
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> (Result<Reply>, bool) {
         let start = Instant::now();
-        let reply = self.prompt_tokens().and_then(|(tokens, channel)| {
+        let reply = self.fitting_prompt(limit, interrupt, on).and_then(|(tokens, channel)| {
             let system = self.system_tokens(&tokens);
             self.generate(&tokens, channel, system, start, limit, interrupt, on)
         });
@@ -498,12 +521,12 @@ impl<'m> Session<'m> {
         interrupt: &AtomicBool,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
-        let before = self.messages.clone();
+        let before = (self.messages.clone(), self.first, self.summary.clone());
         self.undo();
         let kept = self.messages.len();
         let reply = self.reply(prompt, limit, interrupt, on);
         if self.messages.len() == kept {
-            self.messages = before; // no new answer: the old one stays
+            (self.messages, self.first, self.summary) = before; // no new answer: the old one stays
         }
         reply
     }
@@ -512,6 +535,41 @@ impl<'m> Session<'m> {
     pub fn last_prompt(&self) -> Option<&str> {
         let user = self.messages.iter().rfind(|message| message["role"] == "user")?;
         user["content"].as_str()
+    }
+
+    /// Computes the beginning of a conversation whose first message begins with `document`, so that it can be kept
+    /// ([`Session::keep_in`], [`Session::save`]); how many tokens that is.
+    ///
+    /// # Errors
+    /// [`crate::Kind::Usage`] if it does not fit in the context, [`crate::Kind::Interrupted`] if it was interrupted.
+    pub fn read_document(
+        &mut self,
+        document: &str,
+        interrupt: &AtomicBool,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Usage> {
+        let start = Instant::now();
+        let tokens = self.document_tokens(document)?;
+        let reply = self.generate(&tokens, Output::raw(), 0, start, 0, interrupt, on)?;
+        match reply.end {
+            End::Interrupted => Err(Error::new(crate::Kind::Interrupted, "interrupted")),
+            _ => Ok(reply.usage),
+        }
+    }
+
+    /// The tokens of a conversation whose first message begins with `document`, as far as they do not depend on what follows.
+    pub fn document_tokens(&mut self, document: &str) -> Result<Vec<u32>> {
+        let mut with = |question: &str| {
+            let message = json!({ "role": "user", "content": before(document, question) });
+            let messages = std::mem::replace(&mut self.messages, vec![message]);
+            let first = std::mem::take(&mut self.first);
+            let tokens = self.prompt_tokens();
+            (self.messages, self.first) = (messages, first);
+            Ok(tokens?.0)
+        };
+        let (mut tokens, other) = (with("A?")?, with("1.")?);
+        tokens.truncate(common(&tokens, &other));
+        Ok(tokens)
     }
 
     /// Continues `prompt` as it is, without a template; marker texts in it are markers.
@@ -529,15 +587,14 @@ impl<'m> Session<'m> {
 
     /// Of the prompt `tokens`, those up to the end of the system prompt: other conversations may begin with them.
     fn system_tokens(&self, tokens: &[u32]) -> usize {
-        let (Some(template), Some(text)) = (&self.template, &self.options.system) else { return 0 };
-        let system = [json!({ "role": "system", "content": text })];
+        let (Some(template), Some(system)) = (&self.template, self.system_message()) else { return 0 };
         let options = template::Options {
             add_generation_prompt: false,
             enable_thinking: self.options.think,
             ..Default::default()
         };
         template
-            .encode(self.tokenizer, &system, &self.options.tools, options)
+            .encode(self.tokenizer, &[system], &self.options.tools, options)
             .map_or(0, |system| common(&system, tokens))
     }
 
@@ -580,8 +637,8 @@ impl<'m> Session<'m> {
         let Some(template) = &self.template else {
             return Err(Error::usage("the conversation has no chat template"));
         };
-        let system = self.options.system.iter().map(|text| json!({ "role": "system", "content": text }));
-        let messages: Vec<Value> = system.chain(self.messages.iter().cloned()).collect();
+        let system = self.system_message().into_iter();
+        let messages: Vec<Value> = system.chain(self.messages[self.first..].iter().cloned()).collect();
         let options = template::Options { enable_thinking: self.options.think, ..Default::default() };
         let tokens = template.encode(self.tokenizer, &messages, &self.options.tools, options)?;
         let channel = Channel::after(self.tokenizer, &tokens);
@@ -629,7 +686,7 @@ impl<'m> Session<'m> {
                     Event::ToolCall { name, arguments } => {
                         calls.push(Call { name: name.to_string(), arguments: arguments.clone() });
                     }
-                    Event::Prompt { .. } => {}
+                    Event::Prompt { .. } | Event::Note(_) => {}
                 }
                 on(event).is_break()
             };

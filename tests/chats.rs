@@ -284,3 +284,93 @@ fn lists_searches_exports() {
     terminal.end();
     assert_eq!(list(home.path()).len(), 2);
 }
+
+#[test]
+fn what_is_remembered_recalled_and_read() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path();
+    assert!(ok(path, &["memory"]).is_empty());
+    if !two_turns(path) {
+        return;
+    }
+    assert!(!path.join("memory.md").exists(), "off until used");
+    ok(path, &["memory", "add", "My", "lamp is green"]);
+    ok(path, &["memory", "add", "I keep a lighthouse"]);
+    let output = gemrun(path, &["memory", "forget", "LIGHTHOUSE"]);
+    assert_eq!(stderr(&output), "forgotten: I keep a lighthouse\n");
+    assert_eq!(gemrun(path, &["memory", "forget", "7"]).status.code(), Some(3));
+    assert_eq!(ok(path, &["memory", "list", "--json"]), "[\"My lamp is green\"]\n");
+    let document = path.join("lamps.txt");
+    fs::write(&document, "Lamps are lit at dusk.\nShips see them.\n").unwrap();
+    let document = document.to_str().unwrap();
+
+    let mut terminal = Terminal::start(path, "run demo --temp 0 -n 8 --system Kindly").unwrap();
+    terminal.ask("/show", "Not saved yet.");
+    assert!(terminal.screen().contains("System prompt: Kindly") && terminal.screen().contains("  1  My lamp is green"));
+    terminal.ask("/remember Ships are late", "Remembered: ");
+    terminal.ask("/remember", "  2  Ships are late");
+    terminal.ask("/recall GEMRUN what", "Your next message begins with, from what-is-gemrun: What is gemrun?");
+    terminal.ask("/recall zeppelins", "Nothing found in other conversations.");
+    terminal.ask(&format!("/read {document}"), "(2 lines).");
+    terminal.ask("/read /nonexistent", "no such file");
+    terminal.ask("Is it late?", " ]");
+    terminal.ask("/forget late", "Forgotten: Ships are late.");
+    terminal.ask("/chats", "is-it-late  just now");
+    terminal.ask("/compact", "There is nothing to sum up");
+    terminal.ask("And now?", " ]");
+    terminal.ask("/compact", "\r\n");
+    terminal.ask("/show", "Instead of the first 1 turns: ");
+    terminal.ask("And then?", " ]");
+    terminal.press("/exit\r");
+    assert_eq!(terminal.end(), 0);
+    // All of it stands in the transcript.
+    let messages = said(path, "is-it-late");
+    let (system, first) = (&messages[0], &messages[1]);
+    assert_eq!(system, "Kindly");
+    assert!(
+        first.starts_with(
+            "Remember: Ships are late\n\nFrom an earlier conversation of ours:\nI: What is gemrun?\nYou: "
+        )
+    );
+    assert!(first.ends_with("\n\nLamps are lit at dusk.\nShips see them.\n\nIs it late?"), "{first:?}");
+    let shown: Value = serde_json::from_str(&ok(path, &["chats", "show", "is-it-late", "--json"])).unwrap();
+    assert_eq!(shown["header"]["settings"]["facts"][0], "My lamp is green");
+    assert!(shown["left_out"] == 1 && shown["title"] == "Is it late?" && shown["summary"].is_string(), "{shown}");
+    // A conversation goes on with what it knew.
+    ok(path, &["memory", "forget", "1"]);
+    let output = gemrun(path, &["run", "-C", "Go on now", "-n", "4", "--stats"]);
+    let stats: Value = serde_json::from_str(stderr(&output).lines().last().unwrap()).unwrap();
+    let (prompt, reused) = (stats["prompt_tokens"].as_u64().unwrap(), stats["reused_tokens"].as_u64().unwrap());
+    assert!(prompt - reused < 24, "{stats}");
+
+    // A document that was read beforehand.
+    fs::write(document, "Lamps are lit at dusk. Ships see them. ".repeat(20)).unwrap();
+    let output = gemrun(path, &["warm", "demo", document]);
+    assert!(output.status.success() && stderr(&output).contains(" tokens, "), "{}", stderr(&output));
+    let again = stderr(&gemrun(path, &["warm", "demo", document]));
+    assert!(again.contains(" tokens, 1 of them read now"), "{again}");
+    let output = gemrun(path, &["run", "demo", "--file", document, "When?", "-n", "4", "--stats"]);
+    let stats: Value = serde_json::from_str(stderr(&output).lines().last().unwrap()).unwrap();
+    let (prompt, reused) = (stats["prompt_tokens"].as_u64().unwrap(), stats["reused_tokens"].as_u64().unwrap());
+    assert!(reused > 150 && prompt - reused < 20, "{stats}");
+}
+
+/// The context is too small for the conversation: it says so and goes on, or stops, as asked.
+#[test]
+fn a_full_context_is_seen() {
+    let home = tempfile::tempdir().unwrap();
+    let Some(mut terminal) = Terminal::chat(home.path(), "--temp 0 -n 40 --ctx 150 --ignore-eos") else { return };
+    terminal.ask("What is gemrun?", " ]");
+    terminal.ask("And then?", " ]");
+    terminal.ask("And then?", "the context is full: the oldest turn is left out");
+    terminal.press("/exit\r");
+    terminal.end();
+    let mut terminal = Terminal::start(home.path(), "run -C -n 4").unwrap();
+    terminal.ask("/show", "The first 1 turns are left out.");
+    terminal.press("/exit\r");
+    terminal.end();
+    let arguments =
+        ["run", "-C", "--overflow", "stop", "Tell me everything about it, from the beginning to the end, please"];
+    let output = gemrun(home.path(), &arguments);
+    assert!(output.status.code() == Some(0) || stderr(&output).contains("expected at most 150, the context"));
+}

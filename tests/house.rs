@@ -19,7 +19,7 @@ const LEVELS: &[&[&str]] = &[
     &["tokenizer", "sample", "forward"],
     &["template", "channel", "windows", "fit"],
     &["calibrate", "guide"],
-    &["session", "registry", "convert", "chats"],
+    &["session", "registry", "convert", "chats", "facts"],
     &["lib"],
 ];
 

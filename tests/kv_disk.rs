@@ -125,6 +125,9 @@ fn marks_stay_reachable() {
     let mut state = State::new(&model, kind, 1400, 64).unwrap();
     let key = Key::new("small", &state.kv);
     let mut saved = Saved::empty(folder.path(), &key, &state.kv);
+    // What remains when turns in the middle are left out.
+    let other: Vec<u32> = tokens[..150].iter().chain(&tokens[700..800]).copied().collect();
+    let expected_other = run::logits(&gguf, &other, run::Way { kv: kind, ..run::INT8 });
     Team::new(1).unwrap().enter(|team| {
         for chunk in tokens.chunks(50) {
             forward(&model, team, &mut state, chunk, Want::Nothing).unwrap();
@@ -138,6 +141,11 @@ fn marks_stay_reachable() {
             state.kv = saved.restore(&state.kv, mark, window).unwrap();
             let logits = forward(&model, team, &mut state, &tokens[mark..mark + 50], Want::All).unwrap();
             assert!(logits == &expected[mark * spec.vocab..(mark + 50) * spec.vocab]);
+        }
+        state.kv = saved.restore(&state.kv, 150, window).unwrap();
+        for first in [150, 200] {
+            let logits = forward(&model, team, &mut state, &other[first..first + 50], Want::All).unwrap();
+            assert!(logits == &expected_other[first * spec.vocab..(first + 50) * spec.vocab]);
         }
     });
 }

@@ -287,11 +287,7 @@ impl Chat {
             return title.clone();
         }
         let first = self.turns.first().and_then(|turn| turn.messages.first()).map(text).unwrap_or_default();
-        let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
-        match line.char_indices().nth(TITLE) {
-            Some((at, _)) => format!("{}...", &line[..at]),
-            None => line,
-        }
+        shortened(first)
     }
 
     /// What is wrong with the file, if anything is, for people.
@@ -303,6 +299,15 @@ impl Chat {
             ([line], _) => Some(format!("line {line} is damaged and left out")),
             (_, _) => Some(format!("lines {} are damaged and left out", lines.join(", "))),
         }
+    }
+}
+
+/// The beginning of a text, on one line, as a title.
+pub fn shortened(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(TITLE) {
+        Some((at, _)) => format!("{}...", &line[..at]),
+        None => line,
     }
 }
 

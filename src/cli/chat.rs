@@ -9,11 +9,11 @@ use gemrun::chats::transcript::Entry;
 use gemrun::session::Event;
 
 use super::input::Input;
-use super::run::{Talk, reset};
+use super::run::{Talk, Wait, reset, with_notes};
 use super::screen::Screen;
 use super::status::{self, Before};
-use super::terminal::{Style, eprintln_quietly};
-use super::{Result, keep};
+use super::terminal::{Shown, Style, eprintln_quietly};
+use super::{Result, keep, notes};
 
 const HELP: &str = "\
 /help            this list
@@ -23,6 +23,13 @@ const HELP: &str = "\
 /regen           another answer to the last message
 /edit            change the last message and have it answered anew; /edit TEXT replaces it
 /undo            take the last message and its answer back
+/read FILE       begin the next message with the text in a file
+/chats           saved conversations; gemrun run -C NAME continues one
+/recall WORDS    begin the next message with what was said about them in another conversation
+/remember FACT   conversations know it from now on; without FACT, list what they know
+/forget WHICH    the opposite: a number of that list, or words
+/compact         have the model sum up all turns but the last, and go on from that
+/show            what the model is shown besides your messages
 /stats           what the conversation holds
 /exit            leave, as does Ctrl-D
 
@@ -39,6 +46,13 @@ enum Line<'a> {
     Think(Option<bool>),
     Regenerate,
     Edit(&'a str),
+    Read(&'a str),
+    Chats,
+    Recall(&'a str),
+    Remember(&'a str),
+    Forget(&'a str),
+    Compact,
+    Show,
     Undo,
     Stats,
     Exit,
@@ -67,6 +81,13 @@ impl Line<'_> {
             }),
             "/regen" => Line::Regenerate,
             "/edit" => Line::Edit(rest),
+            "/read" => Line::Read(rest),
+            "/chats" => Line::Chats,
+            "/recall" => Line::Recall(rest),
+            "/remember" => Line::Remember(rest),
+            "/forget" => Line::Forget(rest),
+            "/compact" => Line::Compact,
+            "/show" => Line::Show,
             "/undo" => Line::Undo,
             "/stats" => Line::Stats,
             "/exit" | "/bye" | "/quit" => Line::Exit,
@@ -105,13 +126,11 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
             }
             Line::Help => say(HELP),
             Line::New => {
-                talk.session.clear();
-                talk.keep.end(&mut talk.session);
+                talk.begin_anew();
                 say("A new conversation.");
             }
             Line::System(text) => {
-                talk.session.set_system((!text.is_empty()).then(|| text.to_string()));
-                talk.keep.add(Entry { system: Some(text.to_string()), ..Entry::now() });
+                talk.keep.set_system(&mut talk.session, (!text.is_empty()).then(|| text.to_string()));
                 say(if text.is_empty() { "No system prompt from now on." } else { "System prompt set." });
             }
             Line::Think(Some(on)) => {
@@ -131,11 +150,43 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
                 }
                 None => say("There is nothing to take back."),
             },
+            Line::Read(file) => say(&notes::read(talk, file)),
+            Line::Chats => say(&notes::chats()),
+            Line::Recall(words) => say(&notes::recall(talk, words)),
+            Line::Remember(fact) => say(&notes::remember(talk, fact)),
+            Line::Forget(which) => say(&notes::forget(which)),
+            Line::Show => say(&notes::show(talk)),
+            Line::Compact => compact(talk, style)?,
             Line::Stats => say(&status::stats(talk)),
             Line::Exit => break,
             Line::Unknown(word) => say(&format!("{word}: no such command; /help lists them")),
         }
     }
+    Ok(())
+}
+
+/// Has the model sum up the conversation.
+fn compact(talk: &mut Talk, style: Style) -> Result {
+    reset(&talk.interrupt);
+    let mut wait = Wait::new();
+    let mut on = |event: Event| {
+        wait.on(&event);
+        ControlFlow::Continue(())
+    };
+    let turns = talk.session.compact(1, &talk.interrupt, &mut on);
+    wait.done();
+    let note = match turns {
+        Ok(0) => "There is nothing to sum up: the last turn stays as it is.".to_string(),
+        Ok(_) => match talk.session.left_out() {
+            (_, Some(summary)) => Shown::terminal().text(summary),
+            (turns, None) => format!("{turns} turns are left out from now on."),
+        },
+        Err(error) => error.to_string(),
+    };
+    keep::tell(&mut talk.session);
+    talk.keep.left_out(&talk.session);
+    talk.keep.save(&mut talk.session);
+    eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
     Ok(())
 }
 
@@ -153,9 +204,14 @@ enum Ask<'a> {
 /// Has the model reply and shows it.
 fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
     if let Ask::New(prompt) = ask {
-        talk.keep.begin(&mut talk.session, prompt);
+        talk.keep.begin(&mut talk.session, prompt, !talk.notes.is_empty());
     }
     reset(&talk.interrupt);
+    let with_notes = |message: &str| with_notes(&talk.notes, message);
+    let message = match ask {
+        Ask::New(message) | Ask::Instead(message) => with_notes(message),
+        Ask::Again => String::new(),
+    };
     let before = Before::now();
     let mut screen = Screen::new(talk.hide_thinking, style);
     let mut written = Ok(());
@@ -164,8 +220,8 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
     let reply = match ask {
-        Ask::New(prompt) => Some(talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on)),
-        Ask::Instead(prompt) => Some(talk.session.instead(prompt, talk.limit, &talk.interrupt, &mut on)),
+        Ask::New(_) => Some(talk.session.reply(&message, talk.limit, &talk.interrupt, &mut on)),
+        Ask::Instead(_) => Some(talk.session.instead(&message, talk.limit, &talk.interrupt, &mut on)),
         Ask::Again => talk.session.regenerate(talk.limit, &talk.interrupt, &mut on),
     };
     written?;
@@ -174,11 +230,13 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
     let note = match &reply {
         None => Some("There is no message to answer again.".to_string()),
         Some(Err(error)) if error.kind() == gemrun::Kind::Usage => Some(format!("{error}; /new starts over")),
+        Some(Err(error)) if error.kind() == gemrun::Kind::Interrupted => Some("Stopped, message taken back.".into()),
         Some(Err(error)) => return Err(error.clone().within(talk.loaded.gguf.name()).into()),
         Some(Ok(reply)) => {
             talk.count(reply);
             if reply.answered() {
                 talk.keep.turn(&talk.session, reply, (!matches!(ask, Ask::New(_))).then_some(1));
+                talk.notes.clear();
             }
             Some(before.line(talk, reply))
         }
@@ -186,6 +244,7 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
     if let Some(note) = note {
         eprintln_quietly(format_args!("{}{note}{}\n", style.dim(), style.plain()));
     }
+    talk.keep.left_out(&talk.session);
     talk.keep.save(&mut talk.session);
     Ok(())
 }

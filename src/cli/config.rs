@@ -39,8 +39,21 @@ const EVERYWHERE: [&str; 5] = ["threads", "cores", "kernel", "mem-limit", "allow
 /// Commands whose other options are settings, too.
 const COMMANDS: [&str; 2] = ["run", "pull"];
 /// Options that only make sense when they are typed.
-const NEVER: [&str; 12] =
-    ["help", "version", "stats", "raw", "continue", "new", "static", "json", "to", "seed", "tools", "json-schema"];
+const NEVER: [&str; 13] = [
+    "help",
+    "version",
+    "stats",
+    "raw",
+    "continue",
+    "new",
+    "static",
+    "json",
+    "to",
+    "seed",
+    "tools",
+    "json-schema",
+    "file",
+];
 
 impl Config {
     pub fn run(self) -> Result {

@@ -5,8 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use gemrun::chats::transcript::{Chat, Entry, Header, Settings, now};
+use gemrun::chats::transcript::{Chat, Entry, Header, Settings, now, shortened};
 use gemrun::chats::{Chats, Open, Opened};
+use gemrun::facts;
 use gemrun::session::{Reply, Session};
 use gemrun::{Error, Result};
 
@@ -22,6 +23,10 @@ pub struct Keep {
     header: Header,
     open: Option<Open>,
     budget: u64,
+    /// The system prompt as the user gave it.
+    system: Option<String>,
+    /// What is remembered, as the conversation knows it.
+    facts: Vec<String>,
 }
 
 /// What is known of a conversation that goes on.
@@ -45,7 +50,24 @@ impl Keep {
     pub fn new(chats: Option<Chats>, model: String, source: String, template: String) -> Result<Keep> {
         let settings = Settings::default();
         let header = Header { chat: 0, created: now(), model, source, template, copy_of: None, settings };
-        Ok(Keep { chats, header, open: None, budget: budget()? })
+        Ok(Keep { chats, header, open: None, budget: budget()?, system: None, facts: Vec::new() })
+    }
+
+    /// Sets the user's system prompt and the facts beside it, which together are the session's.
+    pub fn instruct(&mut self, session: &mut Session, system: Option<String>, facts: Vec<String>) {
+        (self.system, self.facts) = (system, facts);
+        session.set_system(facts::system_prompt(self.system.as_deref(), &self.facts));
+    }
+
+    /// Changes the user's system prompt.
+    pub fn set_system(&mut self, session: &mut Session, system: Option<String>) {
+        self.add(Entry { system: Some(system.clone().unwrap_or_default()), ..Entry::now() });
+        self.instruct(session, system, self.facts.clone());
+    }
+
+    /// The user's system prompt and the facts.
+    pub fn instructions(&self) -> (Option<&str>, &[String]) {
+        (self.system.as_deref(), &self.facts)
     }
 
     /// Takes up a conversation that was opened; one that another process has open is copied.
@@ -55,7 +77,7 @@ impl Keep {
             Opened::Ours(open) => open,
             Opened::Busy(chat) => {
                 let Some(chats) = &self.chats else { return Err(Error::usage("nowhere to keep a copy")) };
-                let settings = chat.header().map_or_else(|| settings(session), |header| header.settings.clone());
+                let settings = chat.header().map_or_else(|| self.settings(session), |header| header.settings.clone());
                 let header = Header { copy_of: Some(id.to_string()), created: now(), settings, ..self.header.clone() };
                 let open = chats.create(&header, &chat.title(), &chat.entries())?;
                 let copy = &open.id;
@@ -69,6 +91,10 @@ impl Keep {
         }
         let chat = open.chat();
         show_to(session, chat);
+        let facts = chat.header().map_or(Vec::new(), |header| header.settings.facts.clone());
+        let system = chat.system().map(str::to_string);
+        (self.system, self.facts) = (system, facts);
+        session.set_system(facts::system_prompt(self.system.as_deref(), &self.facts));
         let turns = chat.turns().len();
         let tokens = session.keep_in(open.folder())?;
         tell(session);
@@ -81,11 +107,12 @@ impl Keep {
         self.open.as_ref().map(|open| open.id.as_str())
     }
 
-    /// Makes a folder for a conversation that begins with `about`, unless it has one.
-    pub fn begin(&mut self, session: &mut Session, about: &str) {
+    /// Makes a folder for a conversation about `about`, unless it has one; `titled` where that is not how its first message begins.
+    pub fn begin(&mut self, session: &mut Session, about: &str, titled: bool) {
         let (Some(chats), None) = (&self.chats, &self.open) else { return };
-        let header = Header { created: now(), settings: settings(session), ..self.header.clone() };
-        let created = chats.create(&header, about, &[]).and_then(|open| {
+        let header = Header { created: now(), settings: self.settings(session), ..self.header.clone() };
+        let title = Entry { title: Some(shortened(about)), ..Entry::now() };
+        let created = chats.create(&header, about, &vec![title; titled.into()]).and_then(|open| {
             session.keep_in(open.folder())?;
             Ok(open)
         });
@@ -105,6 +132,14 @@ impl Keep {
     pub fn turn(&mut self, session: &Session, reply: &Reply, undo: Option<usize>) {
         let (turn, seed) = (Some(session.last_turn().to_vec()), Some(session.options().sampling.seed));
         self.add(Entry { undo, turn, seed, end: Some(reply.end.name().into()), ..Entry::now() });
+    }
+
+    /// Writes down which turns the model is no longer shown, if that has changed.
+    pub fn left_out(&mut self, session: &Session) {
+        let (left_out, summary) = session.left_out();
+        if self.open.as_ref().is_some_and(|open| open.chat().left_out() != (left_out, summary)) {
+            self.add(Entry { left_out: Some(left_out), summary: summary.map(str::to_string), ..Entry::now() });
+        }
     }
 
     /// Writes down what happened, if the conversation has begun.
@@ -131,6 +166,25 @@ impl Keep {
         }
     }
 
+    /// How `session` is run.
+    fn settings(&self, session: &Session) -> Settings {
+        let options = session.options();
+        let sampling = &options.sampling;
+        Settings {
+            context: options.context,
+            kv: options.kv.name().into(),
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repeat_penalty: sampling.repeat_penalty,
+            seed: sampling.seed,
+            think: options.think,
+            system: self.system.clone(),
+            facts: self.facts.clone(),
+        }
+    }
+
     fn give_up(&mut self, error: &Error) {
         eprintln_quietly(format_args!("note: the conversation is not saved from now on: {error}"));
         (self.chats, self.open) = (None, None);
@@ -141,28 +195,11 @@ impl Keep {
 fn show_to(session: &mut Session, chat: &Chat) {
     let messages = chat.turns().iter().flat_map(|turn| turn.messages.iter().cloned());
     session.set_history(messages.collect());
+    let (turns, summary) = chat.left_out();
+    session.leave_out(turns, summary.map(str::to_string));
     session.set_think(chat.think());
     if let Some(seed) = chat.seed() {
         session.set_seed(seed);
-    }
-}
-
-/// How `session` is run.
-fn settings(session: &Session) -> Settings {
-    let options = session.options();
-    let sampling = &options.sampling;
-    Settings {
-        context: options.context,
-        kv: options.kv.name().into(),
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        min_p: sampling.min_p,
-        repeat_penalty: sampling.repeat_penalty,
-        seed: sampling.seed,
-        think: options.think,
-        system: options.system.clone(),
-        facts: Vec::new(),
     }
 }
 
@@ -174,7 +211,7 @@ pub fn tell(session: &mut Session) {
 }
 
 /// `GEMRUN_CHATS_BUDGET`: bytes, or so many K, M, G of them.
-fn budget() -> Result<u64> {
+pub fn budget() -> Result<u64> {
     match std::env::var("GEMRUN_CHATS_BUDGET") {
         Ok(text) if !text.is_empty() => bytes(&text).ok_or_else(|| {
             let text = gemrun::error::printable(&text);

@@ -13,6 +13,8 @@ mod doctor;
 mod eval;
 mod input;
 mod keep;
+mod memory;
+mod notes;
 mod open;
 mod pack;
 mod page_in;
@@ -30,6 +32,7 @@ mod terminal;
 mod text;
 mod tokenize;
 mod tune;
+mod warm;
 mod welcome;
 
 use std::io;
@@ -73,6 +76,8 @@ enum Command {
     Verify(store::Verify),
     Rm(store::Rm),
     Import(store::Import),
+    Memory(memory::Memory),
+    Warm(warm::Warm),
     Show(show::Show),
     Tokenize(tokenize::Tokenize),
     Detokenize(tokenize::Detokenize),
@@ -152,6 +157,8 @@ fn run(command: Option<Command>) -> Result {
         Some(Command::Verify(verify)) => verify.run(),
         Some(Command::Rm(rm)) => rm.run(),
         Some(Command::Import(import)) => import.run(),
+        Some(Command::Memory(memory)) => memory.run(),
+        Some(Command::Warm(warm)) => warm.run(),
         Some(Command::Show(show)) => show.run(),
         Some(Command::Tokenize(tokenize)) => tokenize.run(),
         Some(Command::Detokenize(detokenize)) => detokenize.run(),

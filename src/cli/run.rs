@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
-use gemrun::chats::transcript::{Entry, Settings};
+use gemrun::chats::transcript::Settings;
 use gemrun::chats::{Chats, Opened, is_name};
+use gemrun::facts;
 use gemrun::kv::KvType;
 use gemrun::machine;
 use gemrun::registry::{self, Source};
 use gemrun::sample::{Sampling, random_seed};
-use gemrun::session::{self, Event, Options, Session, Usage};
+use gemrun::session::{self, Event, Options, Overflow, Session, Usage};
 use gemrun::template::Template;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -59,6 +60,15 @@ pub struct Run {
     /// Keep nothing of the conversation
     #[arg(long, conflicts_with = "resume")]
     no_save: bool,
+    /// Without the facts that gemrun memory lists
+    #[arg(long)]
+    no_memory: bool,
+    /// Begin with the text in FILE; gemrun warm has it read beforehand
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// When the context is full: stop, shift (leave out the oldest turns), or compact (have the model sum them up first)
+    #[arg(long, value_name = "WHAT", default_value = "shift")]
+    overflow: OnOverflow,
     /// Generate at most N tokens a reply [default: until the context is full]
     #[arg(short = 'n', long, value_name = "N")]
     predict: Option<usize>,
@@ -115,11 +125,23 @@ enum Think {
     Auto,
 }
 
+/// `--overflow`.
+#[derive(Clone, Copy, ValueEnum)]
+enum OnOverflow {
+    Stop,
+    Shift,
+    Compact,
+}
+
 impl Run {
     pub fn run(self) -> Result {
         let start = Instant::now();
         let asked = self.asked()?;
+        let document = self.file.as_deref().map(text::from_file).transpose()?;
         let prompt = &asked.prompt;
+        if self.raw && document.is_some() {
+            return Err(Error::usage("raw: expected no --file: a prompt as it is has no parts").into());
+        }
         if self.raw && prompt.is_none() {
             return Err(Error::usage("raw: expected a prompt: --raw has no chat").into());
         }
@@ -145,7 +167,6 @@ impl Run {
         };
         let sampling = self.sampling(usual);
         sampling.check()?;
-        let system_before = asked.opened.as_ref().and_then(|(_, opened)| opened.chat().system());
         let options = Options {
             context,
             batch,
@@ -157,7 +178,12 @@ impl Run {
             think_budget: None,
             tools: Vec::new(),
             schema: None,
-            system: self.system.as_deref().or(system_before).map(str::to_string),
+            system: None,
+            overflow: match self.overflow {
+                OnOverflow::Stop => Overflow::Stop,
+                OnOverflow::Shift => Overflow::Shift,
+                OnOverflow::Compact => Overflow::Compact,
+            },
         };
         let template = if self.raw { None } else { Some(Template::from_gguf(&loaded.gguf)?) };
         page_in(&loaded.model, &interrupt);
@@ -171,6 +197,8 @@ impl Run {
         let chats = chats.filter(|_| !self.no_save);
         let template_key = format!("{:016x}", template_key.unwrap_or(0));
         let mut keep = Keep::new(chats, model_name(&asked.model), source, template_key)?;
+        let home = registry::home().filter(|_| !self.no_memory && !self.raw);
+        keep.instruct(&mut session, self.system.clone(), home.map_or(Ok(Vec::new()), |home| facts::read(&home))?);
         let name = registry_name(&asked.model);
         if let Some((id, opened)) = asked.opened {
             let resumed = keep.resume(&id, opened, &mut session)?;
@@ -184,7 +212,7 @@ impl Run {
                 eprintln_quietly(format_args!("{}", resumed.line(keep.id().unwrap_or(&id))));
             }
             if let Some(system) = &self.system {
-                keep.add(Entry { system: Some(system.clone()), ..Entry::now() });
+                keep.set_system(&mut session, Some(system.clone()));
             }
         }
         let limit = self.predict.unwrap_or(usize::MAX);
@@ -197,6 +225,8 @@ impl Run {
             totals: Usage::default(),
             last_end: None,
             keep,
+            memory: !self.no_memory,
+            notes: document.into_iter().collect(),
         };
         let result = match prompt {
             Some(prompt) => once(&mut talk, prompt, self.raw),
@@ -314,9 +344,24 @@ pub struct Talk<'m> {
     pub totals: Usage,
     pub last_end: Option<session::End>,
     pub keep: Keep,
+    /// Whether conversations begin with what is remembered.
+    pub memory: bool,
+    /// What the next message begins with: documents, facts, excerpts.
+    pub notes: Vec<String>,
 }
 
 impl Talk<'_> {
+    /// Begins a new conversation: nothing of the old one is left but the system prompt.
+    pub fn begin_anew(&mut self) {
+        self.session.clear();
+        self.notes.clear();
+        self.keep.end(&mut self.session);
+        let home = registry::home().filter(|_| self.memory);
+        let facts = home.and_then(|home| facts::read(&home).ok()).unwrap_or_default();
+        let system = self.keep.instructions().0.map(str::to_string);
+        self.keep.instruct(&mut self.session, system, facts);
+    }
+
     /// Adds a reply to the figures of `--stats`.
     pub fn count(&mut self, reply: &session::Reply) {
         let (totals, usage) = (&mut self.totals, &reply.usage);
@@ -378,6 +423,7 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         wait.on(&event);
         match event {
             Event::Prompt { .. } => {}
+            Event::Note(note) => eprintln_quietly(format_args!("note: {note}")),
             Event::Thought(thought) if show_thoughts => {
                 let _ = write!(std::io::stderr(), "{}{}{}", style.dim(), terminal_text(thought), style.plain());
                 thinking = true;
@@ -390,7 +436,7 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
                 let (text, call) = match event {
                     Event::ToolCall { name, arguments } => (tool_call(name, arguments), true),
                     Event::Answer(answer) => (answer.to_string(), false),
-                    Event::Prompt { .. } | Event::Thought(_) => return ControlFlow::Continue(()),
+                    Event::Prompt { .. } | Event::Note(_) | Event::Thought(_) => return ControlFlow::Continue(()),
                 };
                 // A call has a line to itself.
                 let gap = if before.is_some_and(|before_call| call || before_call) { "\n" } else { "" };
@@ -400,9 +446,10 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
+    let message = with_notes(&talk.notes, prompt);
     let reply = match raw {
         true => talk.session.complete(prompt, talk.limit, &talk.interrupt, &mut on),
-        false => talk.session.reply(prompt, talk.limit, &talk.interrupt, &mut on),
+        false => talk.session.reply(&message, talk.limit, &talk.interrupt, &mut on),
     };
     wait.done();
     let reply =
@@ -414,6 +461,7 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
     keep::tell(&mut talk.session);
     if reply.answered() {
         talk.keep.turn(&talk.session, &reply, None);
+        talk.keep.left_out(&talk.session);
         talk.keep.save(&mut talk.session);
     }
     match reply.end {
@@ -425,6 +473,11 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         }
         session::End::Stop | session::End::Length => Ok(()),
     }
+}
+
+/// A message that begins with notes.
+pub fn with_notes(notes: &[String], message: &str) -> String {
+    notes.iter().rev().fold(message.to_string(), |message, note| session::before(note, &message))
 }
 
 /// A tool call as one line of JSON.

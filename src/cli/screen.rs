@@ -5,7 +5,7 @@ use std::io::Write;
 use gemrun::session::Event;
 
 use super::run::{Wait, tool_call};
-use super::terminal::{Shown, Style};
+use super::terminal::{Shown, Style, eprintln_quietly};
 
 /// Puts a reply on the screen: thoughts faint, the answer plain.
 pub struct Screen {
@@ -39,6 +39,7 @@ impl Screen {
         self.wait.on(&event);
         match event {
             Event::Prompt { .. } => {}
+            Event::Note(note) => eprintln_quietly(format_args!("{}{note}{}", self.style.dim(), self.style.plain())),
             Event::Thought(_) if self.hide_thinking => {
                 if self.now != Part::HiddenThought {
                     self.enter(Part::HiddenThought)?;
