@@ -362,15 +362,22 @@ fn a_full_context_is_seen() {
     let Some(mut terminal) = Terminal::chat(home.path(), "--temp 0 -n 40 --ctx 150 --ignore-eos") else { return };
     terminal.ask("What is gemrun?", " ]");
     terminal.ask("And then?", " ]");
-    terminal.ask("And then?", "the context is full: the oldest turn is left out");
+    terminal.ask("And then?", "| the context of 150 tok is full ]");
+    terminal.ask("And then?", "the context is full: the oldest 2 turns are left out");
     terminal.press("/exit\r");
     terminal.end();
     let mut terminal = Terminal::start(home.path(), "run -C -n 4").unwrap();
-    terminal.ask("/show", "The first 1 turns are left out.");
+    terminal.ask("/show", "The first 2 turns are left out.");
     terminal.press("/exit\r");
     terminal.end();
-    let arguments =
-        ["run", "-C", "--overflow", "stop", "Tell me everything about it, from the beginning to the end, please"];
-    let output = gemrun(home.path(), &arguments);
-    assert!(output.status.code() == Some(0) || stderr(&output).contains("expected at most 150, the context"));
+    let long = "lamp ship ".repeat(35);
+    let output = gemrun(home.path(), &["run", "-C", "--overflow", "stop", &long, "-n", "4"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains(" tokens: expected at most 150, the context"), "{}", stderr(&output));
+    let output = gemrun(home.path(), &["run", "-C", &long, "-n", "4"]);
+    assert!(
+        output.status.success() && stderr(&output).contains("note: the context is full: the oldest "),
+        "{}",
+        stderr(&output)
+    );
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use gemrun::machine::cooling::Cooling;
 use gemrun::machine::speed::Measured;
 use gemrun::machine::{self, Root};
-use gemrun::session::{End, Reply};
+use gemrun::session::{End, Overflow, Reply};
 
 use super::open::gib;
 use super::run::Talk;
@@ -24,6 +24,8 @@ pub struct Before {
 #[derive(Default)]
 struct Around {
     context: usize,
+    /// Whether the next message makes room for itself.
+    goes_on: bool,
     /// Weights that a token reads.
     bytes_per_token: usize,
     /// Bytes a second that memory gives at best, if it was ever measured.
@@ -51,6 +53,7 @@ impl Before {
         let faults = machine::major_faults().zip(self.faults).map_or(0, |(now, before)| now.saturating_sub(before));
         let around = Around {
             context: options.context,
+            goes_on: options.overflow != Overflow::Stop,
             bytes_per_token: talk.loaded.model.bytes_per_token(),
             bandwidth,
             resident: machine::rss(),
@@ -100,7 +103,10 @@ fn line(reply: &Reply, around: &Around) -> String {
     match reply.end {
         End::Stop => {}
         End::Length => parts.push((0, "stopped at the limit of -n".into())),
-        End::Context => parts.push((0, format!("the context of {} tok is full: /new starts over", around.context))),
+        End::Context => {
+            let hint = if around.goes_on { "" } else { ": /new starts over" };
+            parts.push((0, format!("the context of {} tok is full{hint}", around.context)));
+        }
         End::Interrupted if usage.generated == 0 => parts.push((0, "stopped, message taken back".into())),
         End::Interrupted => parts.push((0, "stopped".into())),
     }
