@@ -370,7 +370,7 @@ fn a_full_context_is_seen() {
     terminal.ask("/show", "The first 2 turns are left out.");
     terminal.press("/exit\r");
     terminal.end();
-    let long = "lamp ship ".repeat(35);
+    let long = "lamp ship ".repeat(20);
     let output = gemrun(home.path(), &["run", "-C", "--overflow", "stop", &long, "-n", "4"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains(" tokens: expected at most 150, the context"), "{}", stderr(&output));
