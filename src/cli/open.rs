@@ -13,7 +13,7 @@ use gemrun::gguf::Gguf;
 use gemrun::kv::KvType;
 use gemrun::model::Model;
 use gemrun::pack::{self, Found, Packed};
-use gemrun::registry::{self, Registry, Source};
+use gemrun::registry::{self, Entry, Registry, Source};
 use gemrun::session;
 use gemrun::team::MAX_THREADS;
 use gemrun::template::Template;
@@ -70,7 +70,7 @@ impl CoresArg {
 }
 
 /// `--kernel`, which never changes a result.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub struct KernelName {
     /// Kernel (q4_0/avx2) or instruction set (avx2, scalar) to use [default: the best]
     #[arg(long, value_name = "NAME", env = "GEMRUN_KERNEL", hide_env_values = true)]
@@ -93,7 +93,7 @@ impl KernelName {
 }
 
 /// How to compute. Only `--kv` and `--act` can change a result; the others change its speed.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub struct Compute {
     #[command(flatten)]
     kernel: KernelName,
@@ -147,8 +147,9 @@ pub enum KvArg {
 }
 
 /// `--act`.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ActArg {
+    #[default]
     Auto,
     Static,
     Int8,
@@ -278,6 +279,16 @@ impl Compute {
         }
     }
 
+    /// Refuses a model of the table that is not here yet and would not fit, before gigabytes of it are fetched.
+    pub fn check_entry(&self, name: &str, entry: &Entry) -> Result<()> {
+        match self.usable_memory() {
+            Some(usable) if !self.allow_paging => too_large(name, entry, usable)?.map_or(Ok(()), |why| {
+                Err(Error::new(Kind::Memory, format!("{why}, or --allow-paging, where each token waits for the disk")))
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Kernel choice and activation mode; static scales depend on the model and are not there yet.
     pub fn numerics(&self) -> Result<Numerics> {
         Ok(Numerics { act: self.act.act(), kernel: self.kernel.choice()?, ..Numerics::default() })
@@ -306,6 +317,19 @@ fn smaller(usable: u64, needed: u64) -> Result<String> {
     let fitting = registry.models().filter_map(|(name, entry)| Some((entry.resident_bytes(SHORT)?, name)));
     let best = fitting.filter(|(bytes, _)| *bytes < needed && *bytes <= usable).max();
     Ok(best.map_or("close other programs".to_string(), |(_, name)| format!("try gemrun run {name}")))
+}
+
+/// That a model of the table does not fit in `usable` bytes of memory, and what does; `None` if it does or nobody knows.
+pub fn too_large(name: &str, entry: &Entry, usable: u64) -> Result<Option<String>> {
+    // Of experts, those that a token is sent to must fit.
+    let beside = entry.resident_bytes(SHORT).zip(entry.hot_bytes).map(|(all, hot)| all - hot);
+    match beside.zip(entry.token_bytes()).map(|(beside, token)| beside + token).filter(|needed| *needed > usable) {
+        None => Ok(None),
+        Some(needed) => {
+            let way_out = smaller(usable, needed)?;
+            Ok(Some(format!("{name}: needs {} in memory: {} are available: {way_out}", gib(needed), gib(usable))))
+        }
+    }
 }
 
 /// A context with which a model is still of use.

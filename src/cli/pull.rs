@@ -15,6 +15,7 @@ use gemrun::registry::store::{self, Lock, Record};
 use gemrun::registry::{self, Entry, Reference, Registry, Remote, Source, Wanted};
 use gemrun::{Error, Kind};
 
+use super::open::Compute;
 use super::progress::Shown;
 use super::run::interrupt_flag;
 use super::terminal::eprintln_quietly;
@@ -104,6 +105,13 @@ impl Pull {
                     }
                 }
                 say_notes(name, entry);
+                if let Some(why) = gemrun::machine::usable_memory()
+                    .map(|usable| open::too_large(name, entry, usable))
+                    .transpose()?
+                    .flatten()
+                {
+                    eprintln_quietly(format_args!("note: {}", printable(&why)));
+                }
                 Ok(files)
             }
             Wanted::Hub(reference) => {
@@ -137,7 +145,7 @@ fn no_home() -> Error {
 
 /// Asks, on a terminal, whether a known model that is missing is to be downloaded, and does so. Nothing is asked where nobody
 /// can answer; what is still missing then is said by whoever needs it.
-pub fn offer(model: &str, interrupt: &AtomicBool) -> Result {
+pub fn offer(model: &str, compute: &Compute, interrupt: &AtomicBool) -> Result {
     if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
         return Ok(());
     }
@@ -148,6 +156,7 @@ pub fn offer(model: &str, interrupt: &AtomicBool) -> Result {
     if place.is_file() {
         return Ok(());
     }
+    compute.check_entry(name, entry)?;
     say_notes(name, entry);
     let size = remote.bytes.map(|bytes| format!(", {:.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
     eprint_question(&format!("{} is not on this computer. Download it{size}? [Y/n] ", entry.title));

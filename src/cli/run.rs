@@ -8,7 +8,7 @@ use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -150,7 +150,7 @@ impl Run {
         let interrupt = interrupt_flag()?;
 
         if let Some(name) = asked.model.to_str() {
-            pull::offer(name, &interrupt)?;
+            pull::offer(name, &self.compute, &interrupt)?;
         }
         let loaded = self.compute.load(&asked.model)?;
         let batch = batch.unwrap_or(loaded.model.batch());
@@ -549,15 +549,19 @@ impl Shower {
     }
 }
 
-/// A flag that Ctrl-C sets. While it is set, another Ctrl-C ends the program at once.
+/// The flag that Ctrl-C sets, the same for the whole program. While it is set, another Ctrl-C ends the program at once.
 pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    if let Some(flag) = FLAG.get() {
+        return Ok(Arc::clone(flag));
+    }
     let flag = Arc::new(AtomicBool::new(false));
     let sigint = signal_hook::consts::SIGINT;
     // Order matters: the first Ctrl-C must find the flag unset when this one looks at it.
     let registered = signal_hook::flag::register_conditional_shutdown(sigint, 130, Arc::clone(&flag))
         .and_then(|_| signal_hook::flag::register(sigint, Arc::clone(&flag)));
     match registered {
-        Ok(_) => Ok(flag),
+        Ok(_) => Ok(Arc::clone(FLAG.get_or_init(|| flag))),
         Err(error) => Err(Error::new(gemrun::Kind::Other, format!("cannot listen for Ctrl-C: {error}")).into()),
     }
 }

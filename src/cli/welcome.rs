@@ -4,18 +4,20 @@
 //! the demo that needs no download, and the best one to get. Speeds are estimates, from how fast this memory is read; that
 //! is measured once and remembered.
 
-use std::io::Write;
+use std::ffi::OsStr;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
+use clap::Parser;
 use gemrun::machine::cores::{Cores, Which};
 use gemrun::machine::memory::Memory;
 use gemrun::machine::speed::{Buffer, Measured};
 use gemrun::machine::{self, Root};
 use gemrun::registry::{self, Entry, Registry, Source};
 
-use super::Result;
-use super::open::{self, gib};
-use super::terminal::{self, Style};
+use super::open::{self, Compute, gib};
+use super::terminal::{self, Style, eprintln_quietly};
+use super::{Cli, Result, pull, run};
 
 /// How long memory is read, the first time.
 const TIME: Duration = Duration::from_millis(150);
@@ -106,7 +108,23 @@ pub fn welcome() -> Result {
     writeln!(out)?;
     writeln!(out, "A path works as well: gemrun run ./model.gguf")?;
     writeln!(out, "All commands: gemrun --help")?;
-    Ok(out.flush()?)
+    out.flush()?;
+    drop(out);
+    match (ready, best(&known, |state| state == State::Fits)) {
+        (None, Some(model)) if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() => get(model.name),
+        _ => Ok(()),
+    }
+}
+
+/// Offers to download a model; if that was welcome, chats with it.
+fn get(name: &str) -> Result {
+    eprintln_quietly(format_args!(""));
+    let interrupt = run::interrupt_flag()?;
+    pull::offer(name, &Compute::default(), &interrupt)?;
+    if !matches!(open::source(OsStr::new(name)), Ok(Source::File(path)) if path.is_file()) {
+        return Ok(());
+    }
+    super::run(Cli::try_parse_from(["gemrun", "run", name])?.command)
 }
 
 /// Bytes a second that memory gives, as remembered or measured now.
