@@ -29,6 +29,13 @@ impl Terminal {
 
     /// Starts gemrun and waits for the prompt of a chat with the demo model; `None` without `script`.
     pub fn start(home: &Path, arguments: &str) -> Option<Terminal> {
+        let mut terminal = Terminal::open(home, arguments)?;
+        terminal.wait_for("demo> ");
+        Some(terminal)
+    }
+
+    /// Starts gemrun; `None` without `script`.
+    pub fn open(home: &Path, arguments: &str) -> Option<Terminal> {
         // exec: a shell in between would turn an interrupt into an exit code of its own.
         let command = format!("exec '{}' {arguments}", env!("CARGO_BIN_EXE_gemrun"));
         let mut script = Command::new("script");
@@ -52,9 +59,7 @@ impl Terminal {
             }
         });
         let keys = child.stdin.take();
-        let mut terminal = Terminal { child, keys, output, screen: String::new(), seen: 0 };
-        terminal.wait_for("demo> ");
-        Some(terminal)
+        Some(Terminal { child, keys, output, screen: String::new(), seen: 0 })
     }
 
     /// Types.
