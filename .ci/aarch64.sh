@@ -6,7 +6,7 @@
 # shellcheck shell=bash
 
 if rustup target add aarch64-unknown-linux-musl >/dev/null 2>&1; then
-    # The compiler is for the C of a benchmark dependency; the product has none.
+    # The compiler is for the C and assembly of ring, which encrypts downloads.
     packages qemu-aarch64 qemu-user
     packages aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu libc6-dev-arm64-cross
     export CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc AR_aarch64_unknown_linux_musl=aarch64-linux-gnu-ar

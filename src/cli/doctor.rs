@@ -18,7 +18,7 @@ use gemrun::machine::speed::{self, Buffer, Measured};
 use gemrun::machine::storage::{self, Storage};
 use gemrun::machine::{Machine, Root, ranges};
 use gemrun::pack;
-use gemrun::registry;
+use gemrun::registry::{self, store};
 use gemrun_simd::{Choice, Format, Isa};
 use serde_json::{Value, json};
 
@@ -142,10 +142,8 @@ fn bandwidth(root: &Root, threads: usize) -> gemrun::Result<Bandwidth> {
 
 fn place(root: &Root, directory: &Path) -> Option<Place> {
     let path = storage::existing(&std::path::absolute(directory).ok()?)?;
-    let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let sizes = files.filter_map(|file| Some((file.metadata().ok()?.len(), file.path())));
-    let largest = sizes.filter(|(_, path)| path.extension().is_some_and(|e| e == "gguf")).max();
-    let speed = largest.and_then(|(_, file)| storage::read_speed(&file));
+    let largest = store::list(directory).into_iter().filter(|stored| stored.whole).max_by_key(|stored| stored.bytes);
+    let speed = largest.and_then(|stored| storage::read_speed(&stored.path));
     Some(Place { storage: Storage::of(root, &path), free: storage::free(&path), speed, path })
 }
 

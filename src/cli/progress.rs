@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::terminal::eprintln_quietly;
+use super::terminal::{self, eprintln_quietly};
 
 /// Progress as people see it.
 pub struct Shown<'a> {
@@ -21,13 +21,19 @@ pub struct Shown<'a> {
     next: Duration,
 }
 
+/// Columns in which there is room for a bar.
+const WIDE: usize = 64;
 /// Between lines.
 const EVERY: Duration = Duration::from_secs(5);
 
 impl<'a> Shown<'a> {
     /// A bar that says `what` is done, for work to be stopped by `interrupt`.
     pub fn new(what: &'static str, interrupt: &'a AtomicBool) -> Shown<'a> {
-        let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {wide_bar} {bytes_per_sec}, {eta} left");
+        let template = match terminal::columns() {
+            Some(columns) if columns < WIDE => "{msg} {percent} %, {decimal_bytes_per_sec}, {eta} left",
+            _ => "{msg} {decimal_bytes}/{decimal_total_bytes} {wide_bar} {decimal_bytes_per_sec}, {eta} left",
+        };
+        let style = ProgressStyle::with_template(template);
         let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::new(0).with_style(style).with_message(what);
         Shown { what, bar, interrupt, start: Instant::now(), begun: None, next: EVERY }

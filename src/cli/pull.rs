@@ -7,6 +7,8 @@ use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use clap::Args;
 use gemrun::error::printable;
@@ -160,16 +162,33 @@ pub fn offer(model: &str, compute: &Compute, interrupt: &AtomicBool) -> Result {
     say_notes(name, entry);
     let size = remote.bytes.map(|bytes| format!(", {:.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
     eprint_question(&format!("{} is not on this computer. Download it{size}? [Y/n] ", entry.title));
-    let mut answer = String::new();
-    let read = std::io::stdin().read_line(&mut answer).unwrap_or(0);
-    if interrupt.load(Ordering::Relaxed) {
-        return Err(interrupted());
-    }
-    if read == 0 || !["", "y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
+    let answer = answer(interrupt)?;
+    if !answer.is_some_and(|answer| ["", "y", "yes"].contains(&answer.trim().to_lowercase().as_str())) {
         return Ok(());
     }
     Puller { home: Some(&home), interrupt, offline: false }.get(name, &remote, &place)?;
     pack::after_pull(name, &place, interrupt)
+}
+
+/// A line from the terminal, unless it is at its end. Another thread waits for it, so that Ctrl-C is noticed at once.
+fn answer(interrupt: &AtomicBool) -> Result<Option<String>> {
+    let (sender, line) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut answer = String::new();
+        let read = std::io::stdin().read_line(&mut answer).unwrap_or(0);
+        let _ = sender.send((read > 0).then_some(answer));
+    });
+    loop {
+        match line.recv_timeout(Duration::from_millis(50)) {
+            Ok(answer) => return Ok(answer),
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) if interrupt.load(Ordering::Relaxed) => {
+                eprintln_quietly(format_args!(""));
+                return Err(interrupted());
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
 }
 
 fn eprint_question(question: &str) {
