@@ -87,21 +87,25 @@ pub fn welcome() -> Result {
         writeln!(out, "  memory  {}, {} available{speed}", gib(memory.total), gib(memory.usable()))?;
     }
     writeln!(out)?;
-    writeln!(out, "  {dim}{:<11} {:>8} {:>8} {:>8}  {plain}", "model", "file", "memory", "tok/s")?;
-    for model in &known {
+    // A narrow screen has no room for the size of the file.
+    let file = |size: &str| if columns < 55 { String::new() } else { format!(" {size:>8}") };
+    writeln!(out, "  {dim}{:<11}{} {:>8} {:>6}{plain}", "model", file("file"), "memory", "tok/s")?;
+    for model in known.iter().filter(|model| model.state != State::Unknown) {
         let size = model.entry.bytes.map(|bytes| format!("{:.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
         let memory = model.memory.map(gib).unwrap_or_default();
         let speed = model.speed.map(|speed| format!("~{speed:.0}")).unwrap_or_default();
-        let row = format!("{:<11} {size:>8} {memory:>8} {speed:>8}  {:<9}", model.name, model.state.name());
+        let row = format!("{:<11}{} {memory:>8} {speed:>6}  {:<9}  ", model.name, file(&size), model.state.name());
         let title = &model.entry.title;
         let shade = if model.state == State::TooLarge { dim } else { "" };
-        let (row, title) = (cut(&row, columns.saturating_sub(2)), cut(title, columns.saturating_sub(52)));
+        let (row, title) = (cut(&row, columns.saturating_sub(2)), cut(title, columns.saturating_sub(2 + row.len())));
         writeln!(out, "  {shade}{row}{dim}{title}{plain}")?;
     }
     writeln!(out)?;
     let ready = best(&known, |state| state == State::Ready);
     writeln!(out, "Try it:   {bold}gemrun run {}{plain}", ready.map_or("demo", |model| model.name))?;
-    if let (None, Some(model)) = (ready, best(&known, |state| state == State::Fits)) {
+    let offered = best(&known, |state| state == State::Fits).filter(|_| ready.is_none());
+    let asked = offered.filter(|_| std::io::stdin().is_terminal() && std::io::stdout().is_terminal());
+    if let (Some(model), None) = (offered, asked) {
         let size = model.entry.bytes.map(|bytes| format!("  ({:.1} GB)", bytes as f64 / 1e9)).unwrap_or_default();
         writeln!(out, "Get one:  {bold}gemrun pull {}{plain}{size}", model.name)?;
     }
@@ -110,10 +114,7 @@ pub fn welcome() -> Result {
     writeln!(out, "All commands: gemrun --help")?;
     out.flush()?;
     drop(out);
-    match (ready, best(&known, |state| state == State::Fits)) {
-        (None, Some(model)) if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() => get(model.name),
-        _ => Ok(()),
-    }
+    asked.map_or(Ok(()), |model| get(model.name))
 }
 
 /// Offers to download a model; if that was welcome, chats with it.
