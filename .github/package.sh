@@ -9,6 +9,9 @@ targets=("$@")
 [ ${#targets[@]} -gt 0 ] || targets=(x86_64-unknown-linux-musl aarch64-unknown-linux-musl)
 version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+# The encryption of downloads is C and assembly without a C library.
+export CC_x86_64_unknown_linux_musl=${CC_x86_64_unknown_linux_musl:-cc}
+export CC_aarch64_unknown_linux_musl=${CC_aarch64_unknown_linux_musl:-aarch64-linux-gnu-gcc}
 out=target/package
 rm -rf "$out"
 mkdir -p "$out/man" "$out/completions"
