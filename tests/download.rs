@@ -370,7 +370,46 @@ fn a_flipped_byte_in_200_megabytes_costs_one_span() {
     assert_eq!(setting.hub.sent(), SPAN);
 }
 
+#[test]
+fn repairs_meet_faults_too() {
+    let bytes = noise(SPAN as usize + 500_000, 12);
+    let cases: [(Vec<Fault>, u64); 6] = [
+        (vec![Fault::Cut(100_000), Fault::Status(503, None)], 500_000),
+        (vec![Fault::Stall(0)], 500_000),
+        // The server has the range no longer, sends another, or another's bytes: then the whole file, once.
+        (vec![Fault::Whole], bytes.len() as u64),
+        (vec![Fault::NoRange], bytes.len() as u64),
+        (vec![Fault::OtherRange], bytes.len() as u64),
+        (vec![Fault::WrongByte(77)], bytes.len() as u64),
+    ];
+    for (faults, least) in cases {
+        let setting = Setting::new(&bytes);
+        setting.fetch(&bytes).unwrap();
+        flip(&setting.target(), SPAN + 3);
+        setting.hub.sent();
+        setting.hub.faults(faults.clone());
+        let outcome = fetch(&setting.network, &setting.remote, &setting.target(), &mut |_| ControlFlow::Continue(()));
+        assert!(matches!(outcome, Ok(Outcome::Repaired(_))), "{faults:?}: {outcome:?}");
+        assert!(fs::read(setting.target()).unwrap() == bytes && setting.hub.sent() >= least, "{faults:?}");
+    }
+    // Where it cannot be had, nothing has the name, and the sound part is kept.
+    let setting = Setting::new(&bytes);
+    setting.fetch(&bytes).unwrap();
+    flip(&setting.target(), SPAN + 3);
+    setting.hub.faults(vec![Fault::Hang; 9]);
+    setting.fetch_again().unwrap_err();
+    assert_eq!(names(setting.folder.path()), ["x.gguf.part", "x.gguf.part.json"]);
+    setting.hub.faults([]);
+    setting.hub.sent();
+    setting.fetch(&bytes).unwrap();
+    assert_eq!(setting.hub.sent(), 500_000);
+}
+
 impl Setting {
+    fn fetch_again(&self) -> Result<Outcome, Error> {
+        fetch(&self.network, &self.remote, &self.target(), &mut |_| ControlFlow::Continue(()))
+    }
+
     /// Downloads over a file that is damaged: until it is right, nothing has its name.
     fn fetch_repair(&self) -> Outcome {
         let target = self.target();

@@ -282,6 +282,33 @@ fn through_a_stick_to_a_computer_without_network() {
     assert!(other.error(&["import", "/nonexistent"], 3).contains("no such file or folder"));
 }
 
+#[test]
+fn what_the_environment_says() {
+    let setting = Setting::new(noise(1000));
+    let with = |variables: &[(&str, &str)]| {
+        let mut command = setting.gemrun(&["pull", "mine", "--no-pack"]);
+        command.envs(variables.iter().copied());
+        let output = command.output().unwrap();
+        (output.status.code(), text(&output).1)
+    };
+    for (name, value) in [("HF_ENDPOINT", "ftp://example.org"), ("HF_ENDPOINT", "nowhere"), ("HF_TOKEN", "a\nb")] {
+        let (code, err) = with(&[(name, value)]);
+        assert!(code == Some(2) && err.starts_with(&format!("error: {name}: ")), "{err}");
+    }
+    assert_eq!(with(&[("HF_TOKEN", " hf_x\n"), ("HF_ENDPOINT", &format!("{}/", setting.hub.address))]).0, Some(0));
+    let seen = setting.hub.seen();
+    assert_eq!((seen.len(), seen[0].token.as_deref()), (1, Some("Bearer hf_x")));
+    // The hub of this name is only reached through a proxy, and the token is not sent to it unencrypted.
+    setting.empty_store();
+    let away = [("HF_ENDPOINT", "http://hub.invalid"), ("HTTP_PROXY", &setting.hub.address), ("HF_TOKEN", "hf_x")];
+    assert_eq!(with(&away).0, Some(0));
+    let seen = setting.hub.seen();
+    assert!(seen[1].path.contains("hub.invalid") && seen.iter().skip(1).all(|seen| seen.token.is_none()), "{seen:?}");
+    setting.empty_store();
+    assert_eq!(with(&[away[0], away[1], ("NO_PROXY", "hub.invalid")]).0, Some(1));
+    assert_eq!(setting.hub.seen().len(), seen.len());
+}
+
 /// Waits until the child has ended, while others may kill it.
 fn ended(child: &Arc<Mutex<Child>>) -> std::process::ExitStatus {
     loop {

@@ -512,7 +512,9 @@ impl Part {
         sync_directory(&self.target)?;
         let record = Record { sha256: Some(sha256.clone()), spans, modified_ns, boot: None, ..self.record };
         record.write(&self.target)?;
-        let _ = fs::remove_file(Record::path(&self.path));
+        let old = Record::path(&self.path);
+        let _ = fs::remove_file(part(&old));
+        let _ = fs::remove_file(old);
         Ok(sha256)
     }
 
@@ -576,7 +578,10 @@ pub fn remove(path: &Path) -> Result<Vec<PathBuf>> {
         Kind::Interrupted => Error::new(Kind::Other, format!("{}: another gemrun is writing it", path.display())),
         _ => error,
     })?;
-    for file in [path.to_path_buf(), part(path), Record::path(path), Record::path(&part(path))] {
+    let records = [Record::path(path), Record::path(&part(path))];
+    // A killed process may have left a record half written.
+    let halves = records.iter().map(|record| part(record));
+    for file in [path.to_path_buf(), part(path)].into_iter().chain(halves).chain(records.clone()) {
         match fs::remove_file(&file) {
             Ok(()) => removed.push(file),
             Err(e) if e.kind() == ErrorKind::NotFound => {}

@@ -161,7 +161,9 @@ fn answer(state: &State, mut stream: &TcpStream) -> Option<bool> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line).ok().filter(|&n| n > 0)?;
-    let mut seen = Seen { path: line.split(' ').nth(1)?.to_string(), ..Seen::default() };
+    let mut words = line.split(' ');
+    let tunnel = words.next() == Some("CONNECT");
+    let mut seen = Seen { path: words.next()?.to_string(), ..Seen::default() };
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok().filter(|&n| n > 0)?;
@@ -175,6 +177,10 @@ fn answer(state: &State, mut stream: &TcpStream) -> Option<bool> {
         }
     }
     state.seen.lock().unwrap().push(seen.clone());
+    if tunnel {
+        // As a proxy it leads to itself.
+        return stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").ok().map(|()| true);
+    }
     if seen.path.starts_with("/api/") {
         let list = state.list.lock().unwrap().clone();
         let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", list.len());

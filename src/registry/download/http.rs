@@ -162,6 +162,7 @@ fn exchange(
         .timeout_per_read(Some(network.stall))
         .timeout_per_write(Some(network.stall))
         .accept_encoding("identity")
+        .user_agent(concat!("gemrun/", env!("CARGO_PKG_VERSION")))
         .build();
     let agent = config.new_agent();
     let mut place =
