@@ -1,8 +1,9 @@
 //! What a model name on the command line stands for.
 //!
 //! `models.toml` is built in: names, and where each file comes from. One in the store is laid over it. A name is looked up
-//! there and then in the store, which has a folder for each repository, of plain GGUF files that keep the names their authors
-//! gave them. `hf:owner/repo:file` names a file that no table knows. Anything that looks like a path is a path. What a table says is checked before it becomes part of a path or an address.
+//! there and then in the store, which has a folder for each repository, of plain GGUF files that keep the names their
+//! authors gave them. `hf:owner/repo:file` names a file that no table knows. Anything that looks like a path is a path.
+//! What a table says is checked before it becomes part of a path or an address.
 //!
 //! Files of the store are [`store`]'s, fetching them is [`download`]'s. Nothing here opens a model or talks to a network.
 

@@ -1,7 +1,7 @@
-//! Downloads against a hub with faults: every one ends with the right file or with one clear error, and nothing wrong ever has the file's name.
+//! Downloads against a hub with faults: every one ends with the right file or with one clear error, and nothing wrong
+//! ever has the file's name.
 //!
-//! The first half calls the library, with short pauses; the second runs the program, kills it, fills its disk, takes
-//! its network away.
+//! These call the library, with short pauses; `pull.rs` runs the program.
 
 mod common;
 
@@ -59,6 +59,11 @@ impl Setting {
 
     fn target(&self) -> PathBuf {
         self.folder.path().join("x.gguf")
+    }
+
+    /// What there is of the file while it is not whole.
+    fn part(&self) -> Vec<u8> {
+        fs::read(store::part(&self.target())).unwrap_or_default()
     }
 
     /// Downloads. Whatever has the file's name, at any time, must be `right`.
@@ -158,6 +163,8 @@ fn faults_that_stay() {
         let error = setting.fetch(&bytes).expect_err(what);
         assert!(error.kind() == kind && error.to_string().contains(part), "{what}: {error}");
         assert!(!error.to_string().contains('\u{1b}'));
+        let left = names(setting.folder.path());
+        assert!(left.is_empty() || !setting.part().is_empty(), "{what}: nothing was fetched, and {left:?} is left");
     }
 }
 
@@ -325,7 +332,7 @@ fn what_is_there_is_looked_at_first() {
         setting.fetch(&bytes).unwrap();
         fs::File::options().write(true).open(setting.target()).unwrap().set_len(len).unwrap();
         let again = fetch(&setting.network, &setting.remote, &setting.target(), &mut |_| ControlFlow::Continue(()));
-        assert!(matches!(again, Ok(Outcome::Repaired(_))), "{again:?}");
+        assert!(matches!(again, Ok(Outcome::Repaired(..))), "{again:?}");
         assert_eq!(fs::read(setting.target()).unwrap(), bytes);
     }
 }
@@ -365,7 +372,7 @@ fn a_flipped_byte_in_200_megabytes_costs_one_span() {
     let span = start..start + SPAN;
     assert_eq!(verdict, Verdict::Damaged(vec![span.clone()]));
     record.write(&target).unwrap();
-    assert_eq!(setting.fetch_repair(), Outcome::Repaired(vec![span.clone()]));
+    assert_eq!(setting.fetch_repair(), Outcome::Repaired(vec![span.clone()], SPAN));
     assert!(fs::read(&target).unwrap() == bytes);
     assert_eq!(setting.hub.sent(), SPAN);
 }
@@ -389,7 +396,7 @@ fn repairs_meet_faults_too() {
         setting.hub.sent();
         setting.hub.faults(faults.clone());
         let outcome = fetch(&setting.network, &setting.remote, &setting.target(), &mut |_| ControlFlow::Continue(()));
-        assert!(matches!(outcome, Ok(Outcome::Repaired(_))), "{faults:?}: {outcome:?}");
+        assert!(matches!(outcome, Ok(Outcome::Repaired(..))), "{faults:?}: {outcome:?}");
         assert!(fs::read(setting.target()).unwrap() == bytes && setting.hub.sent() >= least, "{faults:?}");
     }
     // Where it cannot be had, nothing has the name, and the sound part is kept.

@@ -3,6 +3,7 @@
 //! Every test runs the program against a hub in this process and a store of its own. `GEMRUN_KILLS=100` repeats the kills as often.
 
 mod common;
+mod terminal;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,6 +17,7 @@ use gemrun::registry::DEMO;
 use gemrun::registry::store::SPAN;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use terminal::Terminal;
 
 fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -309,6 +311,53 @@ fn what_the_environment_says() {
     assert_eq!(setting.hub.seen().len(), seen.len());
 }
 
+#[test]
+fn parts_that_belong_to_a_model() {
+    let setting = Setting::new(DEMO.to_vec());
+    let table = setting.home.path().join("models.toml");
+    let mut text = fs::read_to_string(&table).unwrap();
+    text += &format!("[model.mine.projector]\nrepo = \"me/mine\"\nfile = \"mmproj.gguf\"\nbytes = {}\n", DEMO.len());
+    fs::write(&table, &text).unwrap();
+    let models = setting.home.path().join("models");
+    setting.ok(&["pull", "mine", "--no-pack"]);
+    assert_eq!(below(&models), ["me--mine/x.gguf", "me--mine/x.gguf.json"].map(String::from).into(), "text alone");
+    assert_eq!(setting.ok(&["pull", "mine", "--projector", "--no-pack"]).0.lines().count(), 2);
+    assert!(below(&models).contains("me--mine/mmproj.gguf"));
+    assert_eq!(setting.error(&["pull", "mine", "--drafter"], 3), "mine: no drafter is known");
+    assert_eq!(setting.ok(&["verify", "mine"]).0.lines().count(), 2);
+    setting.ok(&["rm", "mine"]);
+    assert!(!models.join("me--mine").exists());
+}
+
+#[test]
+fn a_missing_model_is_offered_on_a_terminal() {
+    let setting = Setting::new(DEMO.to_vec());
+    let question = || {
+        let mut terminal =
+            Terminal::open_with(setting.home.path(), "run mine", &[("HF_ENDPOINT", &setting.hub.address)])?;
+        terminal.wait_for("Mine is not on this computer. Download it, 0.00 GB? [Y/n] ");
+        Some(terminal)
+    };
+    let Some(mut no) = question() else { return };
+    no.press("n\r");
+    no.wait_for("error: mine: not downloaded: gemrun pull mine");
+    no.rest();
+    assert_eq!(no.end(), 3);
+    let mut stop = question().unwrap();
+    stop.press("\x03");
+    stop.rest();
+    assert_eq!(stop.end(), 130);
+    assert_eq!(setting.hub.seen().len(), 0);
+    let mut yes = question().unwrap();
+    yes.press("\r");
+    yes.wait_for("sha256 as expected");
+    yes.wait_for("mine> ");
+    yes.press("/exit\r");
+    yes.rest();
+    assert_eq!(yes.end(), 0);
+    assert_eq!(fs::read(setting.file()).unwrap(), DEMO);
+}
+
 /// Waits until the child has ended, while others may kill it.
 fn ended(child: &Arc<Mutex<Child>>) -> std::process::ExitStatus {
     loop {
@@ -378,7 +427,7 @@ fn a_damaged_file_is_repaired_by_the_span() {
     let (from, to) = (SPAN, 2 * SPAN - 1);
     assert_eq!(error, format!("mine: damaged: bytes {from}-{to}: gemrun pull mine fetches them again"));
     let (_, err) = setting.ok(&["pull", "mine", "--no-pack"]);
-    assert!(err.contains("fetched 17 MB that were damaged"), "{err}");
+    assert!(err.contains("17 MB were damaged, fetched 17 MB; sha256 as expected"), "{err}");
     assert_eq!((setting.hub.sent(), setting.ok(&["verify"]).0.as_str()), (SPAN, "mine: whole\n"));
 }
 

@@ -161,7 +161,7 @@ pub fn offer(model: &str, compute: &Compute, interrupt: &AtomicBool) -> Result {
     compute.check_entry(name, entry)?;
     say_notes(name, entry);
     let size = remote.bytes.map(|bytes| format!(", {:.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
-    eprint_question(&format!("{} is not on this computer. Download it{size}? [Y/n] ", entry.title));
+    eprint_question(&format!("{} is not on this computer. Download it{size}? [Y/n] ", printable(&entry.title)));
     let answer = answer(interrupt)?;
     if !answer.is_some_and(|answer| ["", "y", "yes"].contains(&answer.trim().to_lowercase().as_str())) {
         return Ok(());
@@ -259,10 +259,13 @@ impl Puller<'_> {
                 };
                 eprintln_quietly(format_args!("fetched {gb:.2} GB in {seconds:.0} s, {speed:.0} MB/s; {right}"));
             }
-            Outcome::Repaired(ranges) => {
+            Outcome::Repaired(ranges, fetched) => {
                 let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-                let mb = bytes as f64 / 1e6;
-                eprintln_quietly(format_args!("{file}: fetched {mb:.0} MB that were damaged; sha256 as expected"));
+                let (damaged, fetched) = (bytes as f64 / 1e6, fetched as f64 / 1e6);
+                let right = "sha256 as expected";
+                eprintln_quietly(format_args!(
+                    "{file}: {damaged:.0} MB were damaged, fetched {fetched:.0} MB; {right}"
+                ));
             }
         }
         Ok(())

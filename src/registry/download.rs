@@ -92,8 +92,8 @@ pub enum Outcome {
     Present,
     /// So many bytes were fetched.
     Fetched(u64),
-    /// It was damaged here, and these ranges were fetched again.
-    Repaired(Vec<Range<u64>>),
+    /// These ranges of it were damaged, and so many bytes were fetched to put them right.
+    Repaired(Vec<Range<u64>>, u64),
 }
 
 /// Sees to it that `remote` is at `target`, whole and right.
@@ -122,7 +122,7 @@ pub fn fetch(network: &Network, remote: &Remote, target: &Path, tell: &mut Tell)
     job.run()?;
     Ok(match damaged.is_empty() {
         true => Outcome::Fetched(job.fetched),
-        false => Outcome::Repaired(damaged),
+        false => Outcome::Repaired(damaged, job.fetched),
     })
 }
 
@@ -181,9 +181,15 @@ struct Job<'a, 't> {
 impl Job<'_, '_> {
     fn run(&mut self) -> Result<()> {
         let path = address(self.remote);
+        let mut refilled = 0;
         loop {
             let (mut part, bad) = self.open()?;
             if !bad.is_empty() {
+                refilled += 1;
+                if refilled > RESTARTS {
+                    let error = "what is read is not what was written: the disk fails";
+                    return Err(Error::invalid(format!("{}: {error}", self.target.display())));
+                }
                 match self.refill(&path, &mut part, &bad) {
                     Ok(()) => continue,
                     Err(error) => self.restart(&mut part, error)?,
@@ -192,8 +198,12 @@ impl Job<'_, '_> {
             let resumed = !part.is_empty();
             let rest = self.rest(&path, &mut part);
             if let Err(error) = rest {
-                // What is there is worth keeping, wherever it is from; if it cannot be, the first error says more.
-                let _ = part.sync();
+                if part.is_empty() {
+                    part.remove();
+                } else {
+                    // Worth keeping, whatever went wrong. If it cannot be kept, the first error says more.
+                    let _ = part.sync();
+                }
                 return Err(error);
             }
             match part.finish() {
@@ -286,12 +296,11 @@ impl Job<'_, '_> {
         };
         let whole = head.range.1.or(head.length.filter(|_| head.status == 200));
         let whole = self.agreed(part, &head, whole)?;
+        let differ =
+            |ours: &Option<String>, theirs: &Option<String>| ours.is_some() && theirs.is_some() && ours != theirs;
         let other = part.record.bytes != whole.0
-            || (part.record.sha256.is_some() && part.record.sha256 != whole.1)
-            || (part.record.etag.is_some()
-                && head.status == 206
-                && head.etag.is_some()
-                && part.record.etag != head.etag);
+            || differ(&part.record.sha256, &whole.1)
+            || (head.status == 206 && differ(&part.record.etag, &head.etag));
         if !part.is_empty() && (other || from != part.len()) {
             let what = if other { "changes while it is downloaded" } else { "the server does not continue downloads" };
             self.restart(part, Error::invalid(format!("{}: {what}", self.remote.file)))?;
@@ -301,11 +310,8 @@ impl Job<'_, '_> {
         }
         if part.is_empty() {
             if from != 0 {
-                return Err(Error::invalid(format!(
-                    "{}: the answer does not begin at its beginning",
-                    self.remote.file
-                ))
-                .into());
+                let error = format!("{}: the answer does not begin at its beginning", self.remote.file);
+                return Err(Error::invalid(error).into());
             }
             (part.record.bytes, part.record.sha256, part.record.etag) = (whole.0, whole.1, head.etag);
             part.sync()?;

@@ -1,7 +1,7 @@
 //! Files in the store that came from somewhere else: whole or not yet there.
 //!
-//! The one idea: a file has its name only while it is, as far as anybody knows, what it should be. Until then it is `NAME.part`. Beside each
-//! lies a record, `NAME.json` or `NAME.part.json`: where the file comes from, its SHA-256, and that of every
+//! The one idea: a file has its name only while it is, as far as anybody knows, what it should be. Until then it is
+//! `NAME.part`. Beside each lies a record, `NAME.json` or `NAME.part.json`: where the file comes from, its SHA-256, and that of every
 //! [`SPAN`] of it, so that a damaged span is told from the others and fetched again alone. A lock, `NAME.lock`, keeps two
 //! processes from writing one file; it ends with its process, however that ends.
 //!

@@ -1,7 +1,7 @@
 //! A hub in the test: serves one file by HTTP from this process, as faithfully or badly as told, and counts what it sends.
 //!
-//! A request is answered by the next [`Fault`] of the list; when the list is used up, rightly. It knows ranges, `If-Range` and ETags, and the
-//! two addresses that are asked for: the file, and the list of a repository's files.
+//! A request is answered by the next [`Fault`] of the list; when the list is used up, rightly. It knows ranges, `If-Range`
+//! and ETags, and the two addresses that are asked for: the file, and the list of a repository's files.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

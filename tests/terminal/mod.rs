@@ -36,6 +36,11 @@ impl Terminal {
 
     /// Starts gemrun; `None` without `script`.
     pub fn open(home: &Path, arguments: &str) -> Option<Terminal> {
+        Terminal::open_with(home, arguments, &[])
+    }
+
+    /// The same with variables of the environment.
+    pub fn open_with(home: &Path, arguments: &str, variables: &[(&str, &str)]) -> Option<Terminal> {
         // exec: a shell in between would turn an interrupt into an exit code of its own.
         let command = format!("exec '{}' {arguments}", env!("CARGO_BIN_EXE_gemrun"));
         let mut script = Command::new("script");
@@ -44,6 +49,7 @@ impl Terminal {
         for variable in ["GEMRUN_KERNEL", "GEMRUN_THREADS", "GEMRUN_CHATS_BUDGET"] {
             script.env_remove(variable);
         }
+        script.envs(variables.iter().copied());
         let Ok(mut child) = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
             println!("skipped: no script command");
             return None;
