@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::hub::{Fault, Hub};
 use gemrun::registry::Remote;
-use gemrun::registry::download::{Event, Network, Outcome, fetch};
+use gemrun::registry::download::{Authorities, Event, Network, Outcome, fetch};
 use gemrun::registry::store::{self, Record, SPAN, Verdict};
 use gemrun::{Error, Kind};
 use sha2::{Digest, Sha256};
@@ -48,6 +48,7 @@ impl Setting {
         let network = Network {
             endpoint: hub.address.clone(),
             token: None,
+            authorities: Authorities::default(),
             stall: Duration::from_millis(400),
             tries: 3,
             pause: Duration::from_millis(2),
@@ -375,6 +376,57 @@ fn a_flipped_byte_in_200_megabytes_costs_one_span() {
     assert_eq!(setting.fetch_repair(), Outcome::Repaired(vec![span.clone()], SPAN));
     assert!(fs::read(&target).unwrap() == bytes);
     assert_eq!(setting.hub.sent(), SPAN);
+}
+
+/// Whatever lies beside a file or a part, and whatever is in the part, the right file comes of it.
+#[test]
+fn records_that_lie() {
+    let bytes = noise(SPAN as usize + 100_000, 13);
+    let remote = Setting::new(&bytes).remote;
+    let mut chance =
+        noise(8 * 400, 14).chunks(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>();
+    let mut next = |below: usize| (chance.pop().unwrap() % below as u64) as usize;
+    let whole = Setting::new(&bytes);
+    whole.fetch(&bytes).unwrap();
+    let record = fs::read_to_string(Record::path(&whole.target())).unwrap();
+    let numbers = ["0", "1", "-1", "1e9", "18446744073709551615", "16777216", "\"x\"", "null", "[]", "99999999"];
+    for round in 0..24 {
+        let mut text = record.clone();
+        for _ in 0..1 + next(3) {
+            let places: Vec<usize> =
+                text.match_indices(": ").chain(text.match_indices(':')).map(|(at, _)| at + 1).collect();
+            let at = places[next(places.len())];
+            let len = text[at..].find([',', '}', ']']).unwrap_or(0);
+            match next(4) {
+                0 => text.truncate(next(text.len()) + 1),
+                1 => {
+                    let at = next(text.len());
+                    text.replace_range(at..at + 1, "7");
+                }
+                _ => text.replace_range(at..at + len, numbers[next(numbers.len())]),
+            }
+            if !text.contains(':') {
+                break;
+            }
+        }
+        let setting = Setting { remote: remote.clone(), ..Setting::new(&bytes) };
+        if round % 2 == 0 {
+            let there = next(bytes.len() * 2);
+            let mut part = bytes.iter().copied().cycle().take(there).collect::<Vec<u8>>();
+            if round % 4 == 0 && there > 0 {
+                part[there / 2] ^= 1;
+            }
+            fs::write(store::part(&setting.target()), part).unwrap();
+            fs::write(Record::path(&store::part(&setting.target())), &text).unwrap();
+            setting.fetch(&bytes).unwrap_or_else(|error| panic!("{text}: {error}"));
+        } else {
+            fs::write(setting.target(), &bytes).unwrap();
+            fs::write(Record::path(&setting.target()), &text).unwrap();
+            fetch(&setting.network, &setting.remote, &setting.target(), &mut |_| ControlFlow::Continue(()))
+                .unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert!(fs::read(setting.target()).unwrap() == bytes, "{text}");
+        }
+    }
 }
 
 #[test]

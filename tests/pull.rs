@@ -65,7 +65,9 @@ impl Setting {
 
     fn environment(&self, command: &mut Command) {
         let proxies = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "https_proxy", "http_proxy"];
-        for variable in proxies.iter().chain(&["GEMRUN_THREADS", "GEMRUN_KERNEL", "NO_COLOR", "HF_TOKEN"]) {
+        for variable in
+            proxies.iter().chain(&["GEMRUN_THREADS", "GEMRUN_KERNEL", "NO_COLOR", "HF_TOKEN", "SSL_CERT_FILE"])
+        {
             command.env_remove(variable);
         }
         command.env("GEMRUN_HOME", self.home.path()).env("HF_ENDPOINT", &self.hub.address);
@@ -296,6 +298,13 @@ fn what_the_environment_says() {
     for (name, value) in [("HF_ENDPOINT", "ftp://example.org"), ("HF_ENDPOINT", "nowhere"), ("HF_TOKEN", "a\nb")] {
         let (code, err) = with(&[(name, value)]);
         assert!(code == Some(2) && err.starts_with(&format!("error: {name}: ")), "{err}");
+    }
+    let table = setting.home.path().join("models.toml");
+    for (path, code, what) in
+        [("/nonexistent.pem", 3, "no such file"), (table.to_str().unwrap(), 5, "no certificate in it")]
+    {
+        let (status, err) = with(&[("SSL_CERT_FILE", path)]);
+        assert!(status == Some(code) && err.contains("SSL_CERT_FILE: ") && err.contains(what), "{err}");
     }
     assert_eq!(with(&[("HF_TOKEN", " hf_x\n"), ("HF_ENDPOINT", &format!("{}/", setting.hub.address))]).0, Some(0));
     let seen = setting.hub.seen();

@@ -29,7 +29,7 @@ use super::{Result, interrupted, open, pack};
     after_help = "Only the text model is fetched. Its size and checksum are compared with the list of known models; gemrun list shows \
     what is there. A download that was interrupted goes on where it stopped. Of a damaged file only the damaged parts are fetched again. \
     At the end a packed copy is written if there is room for it, which is read faster (gemrun pack).\n\n\
-    HF_ENDPOINT names another hub, HF_TOKEN is sent to it and to nobody else; HTTPS_PROXY and NO_PROXY are honoured.\n\n\
+    HF_ENDPOINT names another hub, HF_TOKEN is sent to it and to nobody else; HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured.\n\n\
     Examples:\n  \
     gemrun pull e2b\n  \
     gemrun pull hf:unsloth/gemma-4-E2B-it-qat-GGUF:gemma-4-E2B-it-qat-UD-Q4_K_XL.gguf\n  \

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+pub use self::http::Authorities;
 use self::http::{Answer, Failure};
 use super::store::{self, Lock, Part, Record, Verdict, interrupted};
 use super::{Reference, Remote, is_name};
@@ -38,6 +39,8 @@ pub struct Network {
     pub endpoint: String,
     /// Access token for the endpoint.
     pub token: Option<String>,
+    /// Whom to believe that it is the endpoint.
+    pub authorities: Authorities,
     /// How long nothing may arrive.
     pub stall: Duration,
     /// Tries in a row that bring nothing.
@@ -47,10 +50,10 @@ pub struct Network {
 }
 
 impl Network {
-    /// As `HF_ENDPOINT` and `HF_TOKEN` say.
+    /// As `HF_ENDPOINT`, `HF_TOKEN` and `SSL_CERT_FILE` say.
     ///
     /// # Errors
-    /// [`Kind::Usage`] if they cannot be what they should.
+    /// [`Kind::Usage`] if they cannot be what they should; those of [`Authorities::read`].
     pub fn from_environment() -> Result<Network> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
@@ -62,7 +65,12 @@ impl Network {
         if token.as_ref().is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
             return Err(Error::usage("HF_TOKEN: expected letters and digits"));
         }
-        Ok(Network { endpoint, token, stall: Duration::from_secs(30), tries: 6, pause: Duration::from_millis(500) })
+        let authorities = match std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
+            Some(path) => Authorities::read(Path::new(&path)).map_err(|e| e.within("SSL_CERT_FILE"))?,
+            None => Authorities::default(),
+        };
+        let (stall, pause) = (Duration::from_secs(30), Duration::from_millis(500));
+        Ok(Network { endpoint, token, authorities, stall, tries: 6, pause })
     }
 }
 

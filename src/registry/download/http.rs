@@ -8,10 +8,12 @@
 
 use std::io::Read;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use ureq::http::{HeaderMap, Response, StatusCode, Uri};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::Network;
@@ -29,6 +31,35 @@ const WAITING: usize = 2;
 const LOOK: Duration = Duration::from_millis(50);
 /// Longest wait a server may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
+
+/// Whom to believe that a host is the one it says. Mozilla's list is built in.
+#[derive(Debug, Clone)]
+pub struct Authorities(RootCerts);
+
+impl Default for Authorities {
+    fn default() -> Authorities {
+        Authorities(RootCerts::WebPki)
+    }
+}
+
+impl Authorities {
+    /// Those in a file of certificates in PEM, and no others.
+    ///
+    /// # Errors
+    /// If the file cannot be read; [`Kind::Invalid`] if there is no certificate in it.
+    pub fn read(path: &Path) -> Result<Authorities, Error> {
+        let text = std::fs::read(path).map_err(|e| Error::io(path, &e))?;
+        let certificates = parse_pem(&text).filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        });
+        let certificates: Vec<_> = certificates.collect();
+        match certificates.is_empty() {
+            true => Err(Error::invalid(format!("{}: no certificate in it: expected PEM", path.display()))),
+            false => Ok(Authorities(RootCerts::new_with_certs(&certificates))),
+        }
+    }
+}
 
 /// What went wrong, and whether it is worth another try.
 #[derive(Debug)]
@@ -161,6 +192,7 @@ fn exchange(
         .timeout_connect(Some(network.stall))
         .timeout_per_read(Some(network.stall))
         .timeout_per_write(Some(network.stall))
+        .tls_config(TlsConfig::builder().root_certs(network.authorities.0.clone()).build())
         .accept_encoding("identity")
         .user_agent(concat!("gemrun/", env!("CARGO_PKG_VERSION")))
         .build();
@@ -289,29 +321,25 @@ fn content_range(text: &str) -> (Option<(u64, u64)>, Option<u64>) {
     (range.filter(|(from, to)| from <= to), whole.parse().ok())
 }
 
-/// An error of the connection. Names, certificates and the like do not change while somebody waits.
+/// An error of the connection. Certificates and the like do not change while somebody waits.
 fn failed(place: &Place, error: &ureq::Error) -> Failure {
-    let passing = matches!(
-        error,
-        ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed | ureq::Error::Protocol(_)
-    );
-    use std::io::ErrorKind::{HostUnreachable, NetworkDown, NetworkUnreachable};
-    let (unreachable, text) = match error {
-        ureq::Error::HostNotFound => (true, "no such host, or no network".to_string()),
-        ureq::Error::ConnectionFailed => (true, "no connection".to_string()),
-        ureq::Error::Io(e) if e.to_string().contains("lookup") => (true, "no such host, or no network".to_string()),
-        ureq::Error::Io(e) => {
-            ([NetworkUnreachable, HostUnreachable, NetworkDown].contains(&e.kind()), error.to_string())
-        }
-        other => (false, other.to_string()),
-    };
-    let error = network_error(place, &text);
-    match (unreachable, passing) {
-        (true, _) => Failure::Unreachable(error),
-        (false, true) => Failure::Passing(error, None),
-        (false, false) => Failure::Final(error),
+    use std::io::ErrorKind::{HostUnreachable, InvalidData, NetworkDown, NetworkUnreachable};
+    let told = network_error(place, &error.to_string());
+    match error {
+        ureq::Error::HostNotFound => Failure::Unreachable(network_error(place, NOWHERE)),
+        ureq::Error::Io(e) if e.to_string().contains("lookup") => Failure::Unreachable(network_error(place, NOWHERE)),
+        ureq::Error::ConnectionFailed => Failure::Unreachable(told),
+        ureq::Error::Io(e) => match e.kind() {
+            NetworkUnreachable | HostUnreachable | NetworkDown => Failure::Unreachable(told),
+            InvalidData => Failure::Final(told), // a certificate nobody vouches for
+            _ => Failure::Passing(told, None),
+        },
+        ureq::Error::Timeout(_) | ureq::Error::Protocol(_) => Failure::Passing(told, None),
+        _ => Failure::Final(told),
     }
 }
+
+const NOWHERE: &str = "no such host, or no network";
 
 fn network_error(place: &Place, what: &str) -> Error {
     let what = what.to_lowercase();
