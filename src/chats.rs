@@ -113,11 +113,11 @@ impl Chats {
         names.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// The conversation last added to, of those with `model` if that is given.
+    /// The conversation last added to, of those with `model` if that is given, in which anything was said.
     pub fn newest(&self, model: Option<&str>) -> Option<String> {
-        let with =
-            |id: &String| self.read(id).is_ok_and(|chat| chat.header().is_some_and(|h| Some(&*h.model) == model));
-        self.names().into_iter().find(|id| model.is_none() || with(id))
+        let of_model = |chat: &Chat| chat.header().is_some_and(|header| Some(&*header.model) == model);
+        let meant = |chat: &Chat| !chat.turns().is_empty() && (model.is_none() || of_model(chat));
+        self.names().into_iter().find(|id| self.read(id).is_ok_and(|chat| meant(&chat)))
     }
 
     /// All conversations, the one last added to first; those that cannot be read are left out.
@@ -235,7 +235,7 @@ impl Chats {
         hits
     }
 
-    /// Folders whose caches a conversation may begin with, those last used first.
+    /// Folders with caches, of conversations and of documents, those last used first.
     pub fn caches(&self) -> Vec<PathBuf> {
         let mut folders: Vec<(SystemTime, PathBuf)> = subfolders(&self.folder)
             .chain(subfolders(&self.prefixes))

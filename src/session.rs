@@ -247,6 +247,8 @@ pub struct Session<'m> {
     marks: Vec<usize>,
     /// What people should be told.
     notes: Vec<String>,
+    /// Tokens that came back from files, and how long that took.
+    restored: (usize, Duration),
 }
 
 /// Prompt tokens that are computed rather than looked for in files.
@@ -288,6 +290,7 @@ impl<'m> Session<'m> {
             others: Vec::new(),
             marks: Vec::new(),
             notes: Vec::new(),
+            restored: Default::default(),
         })
     }
 
@@ -305,6 +308,7 @@ impl<'m> Session<'m> {
     /// [`crate::Kind::Usage`] before [`Session::identify`].
     pub fn keep_in(&mut self, folder: &Path) -> Result<usize> {
         let Some(key) = self.key else { return Err(Error::usage("the conversation's model has no name")) };
+        let start = Instant::now();
         self.others.retain(|other| other != folder);
         let window = self.model.config.window;
         let found = Saved::open(folder, &key, &self.state.kv).and_then(|saved| {
@@ -318,6 +322,7 @@ impl<'m> Session<'m> {
                 self.held = saved.tokens()[..kv.len()].to_vec();
                 self.state.kv = kv;
                 self.saved = Some(saved);
+                self.count_restored(start);
             }
             Ok(None) => self.saved = Some(Saved::empty(folder, &key, &self.state.kv)),
             Err(error) => {
@@ -349,6 +354,16 @@ impl<'m> Session<'m> {
     /// What happened since the last time that people should know, a line each.
     pub fn take_notes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notes)
+    }
+
+    /// Tokens that came back from files so far, and the time from looking for them to having them.
+    pub fn restored(&self) -> (usize, Duration) {
+        self.restored
+    }
+
+    fn count_restored(&mut self, start: Instant) {
+        self.restored.0 += self.held.len();
+        self.restored.1 += start.elapsed();
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -600,7 +615,7 @@ impl<'m> Session<'m> {
 
     /// Brings the cache as far into `prompt` as can be without computing: by what it holds, or from files. How far that is.
     fn recall(&mut self, prompt: &[u32]) -> usize {
-        let window = self.model.config.window;
+        let (window, start) = (self.model.config.window, Instant::now());
         // The last token is always computed, for its logits.
         let most = |tokens: &[u32]| common(tokens, prompt).min(prompt.len().saturating_sub(1));
         let here = self.state.kv.reach(most(&self.held), window);
@@ -620,6 +635,7 @@ impl<'m> Session<'m> {
                     Ok(kv) => {
                         self.held = tokens.to_vec();
                         self.state.kv = kv;
+                        self.count_restored(start);
                         self.marks.retain(|mark| *mark <= len);
                         return len;
                     }

@@ -124,6 +124,14 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Whether a turn in it is one: a user's message and what followed.
+    fn is_sound(&self) -> bool {
+        let mut users = self.turn.iter().flatten().map(|message| message["role"] == "user");
+        self.turn.is_none() || users.next() == Some(true) && !users.any(|user| user)
+    }
+}
+
 /// The time as a transcript has it.
 pub fn now() -> String {
     humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
@@ -143,6 +151,8 @@ pub struct Turn {
 pub struct Chat {
     header: Option<Header>,
     turns: Vec<Turn>,
+    /// Whether there ever was a turn.
+    begun: bool,
     title: Option<String>,
     system: Option<String>,
     think: bool,
@@ -163,6 +173,7 @@ impl Chat {
         Chat {
             title: None,
             turns: Vec::new(),
+            begun: false,
             system: settings.and_then(|settings| settings.system.clone()),
             think: settings.is_some_and(|settings| settings.think),
             seed: settings.map(|settings| settings.seed),
@@ -200,7 +211,7 @@ impl Chat {
                 continue;
             }
             match serde_json::from_slice::<Entry>(line) {
-                Ok(entry) if line.ends_with(b"\n") && (i > 0 || entry.turn.is_some()) => {
+                Ok(entry) if line.ends_with(b"\n") && entry.is_sound() && (i > 0 || entry.turn.is_some()) => {
                     chat.apply(&entry);
                     chat.end = at;
                 }
@@ -223,6 +234,7 @@ impl Chat {
             }
         }
         if let Some(messages) = &entry.turn {
+            self.begun = true;
             self.turns.push(Turn { time: entry.time.clone(), messages: messages.clone() });
         }
         if let Some(left_out) = entry.left_out {
@@ -247,6 +259,11 @@ impl Chat {
     /// The turns, those left out included.
     pub fn turns(&self) -> &[Turn] {
         &self.turns
+    }
+
+    /// Whether nothing was ever said, and nothing is damaged.
+    pub fn is_blank(&self) -> bool {
+        !self.begun && self.damage().is_none()
     }
 
     /// So many of the first turns are not shown to the model, and what is in their place.
@@ -484,6 +501,12 @@ mod tests {
                 assert!(chat.turns().len() >= 2 || value == b'\n' && chat.damage().is_some(), "byte {at}: {value}");
             }
         }
+        let odd = b"{}\n{\"turn\":[]}\n{\"turn\":[1]}\n{\"turn\":[{\"role\":\"assistant\"}]}\n{\"undo\":3}\n";
+        let chat = Chat::parse(odd);
+        assert_eq!(
+            (chat.turns().len(), chat.damage().unwrap().as_str()),
+            (0, "lines 1, 2, 3, 4 are damaged and left out")
+        );
         assert_eq!(Chat::parse(b"\xff\xff\n{}\nx\n").damage().unwrap(), "line 1 is damaged and left out");
     }
 

@@ -162,6 +162,9 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
             Line::Unknown(word) => say(&format!("{word}: no such command; /help lists them")),
         }
     }
+    if let Some(id) = talk.keep.id() {
+        say(&format!("Saved as {id}; gemrun run -C goes on with it."));
+    }
     Ok(())
 }
 

@@ -125,7 +125,18 @@ impl Keep {
     /// The next message begins a new conversation.
     pub fn end(&mut self, session: &mut Session) {
         session.keep_nowhere();
-        self.open = None;
+        self.close();
+    }
+
+    /// Lets go of the conversation, and of its folder if nothing was said in it.
+    fn close(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        if let (true, Some(chats)) = (open.chat().is_blank(), &self.chats) {
+            let id = open.id.clone();
+            drop(open);
+            // If that fails there is an empty conversation in the list.
+            let _ = chats.remove(&id, false);
+        }
     }
 
     /// Writes down the turn that was just finished; with `undo`, in place of so many before it.
@@ -188,6 +199,12 @@ impl Keep {
     fn give_up(&mut self, error: &Error) {
         eprintln_quietly(format_args!("note: the conversation is not saved from now on: {error}"));
         (self.chats, self.open) = (None, None);
+    }
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -192,7 +192,7 @@ impl Run {
         let chats = registry::home().map(|home| Chats::new(&home));
         let source = self.compute.identity(&loaded)?;
         if let (false, Some(chats)) = (self.raw, &chats) {
-            session.identify(&source, chats.caches());
+            session.identify(&source, chats.caches().into_iter().take(CACHES).collect());
         }
         let chats = chats.filter(|_| !self.no_save);
         let template_key = format!("{:016x}", template_key.unwrap_or(0));
@@ -307,6 +307,9 @@ impl Run {
     }
 }
 
+/// Caches that are looked into for what a conversation begins with.
+const CACHES: usize = 64;
+
 /// What the arguments mean together.
 struct Asked {
     model: OsString,
@@ -385,11 +388,13 @@ impl Talk<'_> {
             "seed": options.sampling.seed,
             "prompt_tokens": totals.prompt,
             "reused_tokens": totals.reused,
+            "restored_tokens": self.session.restored().0,
             "generated_tokens": totals.generated,
             "end": self.last_end.map(session::End::name),
             "seconds": {
                 "map": self.loaded.times.map.as_secs_f64(),
                 "load": self.loaded.times.load.as_secs_f64(),
+                "restore": self.session.restored().1.as_secs_f64(),
                 "tokenize": totals.tokenize_time.as_secs_f64(),
                 "prefill": totals.prompt_time.as_secs_f64(),
                 "first_token": totals.first_token.as_secs_f64(),
