@@ -211,7 +211,7 @@ impl Chats {
         fs::remove_dir_all(&folder).map_err(|e| Error::io(&folder, &e))
     }
 
-    /// Messages with all of `words` in them, whatever their case, those of the newest conversations first.
+    /// Messages with all of `words` in them, whatever their case, the newest turns first.
     pub fn search(&self, words: &str) -> Vec<Hit> {
         let words: Vec<String> = words.split_whitespace().map(str::to_lowercase).collect();
         let mut hits = Vec::new();
@@ -220,7 +220,7 @@ impl Chats {
         }
         for id in self.names() {
             let Ok(chat) = self.read(&id) else { continue };
-            for (i, turn) in chat.turns().iter().enumerate() {
+            for (i, turn) in chat.turns().iter().enumerate().rev() {
                 for message in &turn.messages {
                     let (role, text) = (message["role"].as_str().unwrap_or_default(), transcript::text(message));
                     let lower = text.to_lowercase();

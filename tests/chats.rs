@@ -326,7 +326,7 @@ fn what_is_remembered_recalled_and_read() {
     terminal.ask("/compact", "There is nothing to sum up");
     terminal.ask("And now?", " ]");
     terminal.ask("/compact", "\r\n");
-    terminal.ask("/show", "Instead of the first 1 turns: ");
+    terminal.ask("/show", "Instead of the first turn: ");
     terminal.ask("And then?", " ]");
     terminal.press("/exit\r");
     assert_eq!(terminal.end(), 0);

@@ -120,7 +120,9 @@ pub fn show(talk: &Talk) -> String {
     });
     match talk.session.left_out() {
         (0, _) => {}
+        (1, None) => parts.push("The first turn is left out.".into()),
         (turns, None) => parts.push(format!("The first {turns} turns are left out.")),
+        (1, Some(summary)) => parts.push(format!("Instead of the first turn: {}", shown(summary))),
         (turns, Some(summary)) => parts.push(format!("Instead of the first {turns} turns: {}", shown(summary))),
     }
     for note in &talk.notes {
