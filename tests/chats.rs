@@ -278,9 +278,8 @@ fn lists_searches_exports() {
     let bytes = |id: &str| rows.iter().find(|row| row["id"] == id).unwrap()["kv_bytes"].as_u64().unwrap();
     assert!(bytes("what-is-gemrun") == 0 && bytes("hello") > 0, "{rows:?}");
     // Nor is anything left of a chat in which nothing was said.
-    let mut terminal = Terminal::start(home.path(), "run demo --kernel scalar -t 1 --batch 1 --ctx 2048").unwrap();
-    terminal.press(&format!("{}\r\x03", "lamps and ships ".repeat(50)));
-    terminal.wait_for("message taken back");
+    let mut terminal = Terminal::start(home.path(), "run demo --ctx 50").unwrap();
+    terminal.ask(&"lamps and ships ".repeat(20), "expected at most 50, the context");
     terminal.press("/exit\r");
     terminal.end();
     assert_eq!(list(home.path()).len(), 2);
