@@ -426,6 +426,31 @@ impl<'m> Session<'m> {
         self.options.think = think;
     }
 
+    /// Tokens generated per second here and now: a few are computed in a cache of their own. The first one is not
+    /// timed, since weights may still come from the disk.
+    pub fn decode_speed(&mut self) -> Result<f64> {
+        const TIMED: usize = 8;
+        const ENOUGH: Duration = Duration::from_secs(1);
+        let Session { model, team, options, .. } = self;
+        let context = options.context.min(TIMED + 1);
+        let mut state = State::new(model, options.kv, context, 1)?;
+        let token = [self.tokenizer.bos()];
+        team.enter(|team| {
+            let (mut timed, mut time) = (0, Duration::ZERO);
+            for i in 0..context {
+                let start = Instant::now();
+                forward(model, team, &mut state, &token, Want::Last)?;
+                if i > 0 || context == 1 {
+                    (timed, time) = (timed + 1, time + start.elapsed());
+                }
+                if time > ENOUGH {
+                    break;
+                }
+            }
+            Ok(per_second(timed, time))
+        })
+    }
+
     /// Forgets all messages; the system prompt stays.
     pub fn clear(&mut self) {
         self.set_history(Vec::new());
@@ -452,7 +477,6 @@ impl<'m> Session<'m> {
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
         let before = self.messages.len();
-        self.answer_calls(&[]);
         self.messages.push(json!({ "role": "user", "content": prompt }));
         let (reply, said) = self.go_on(limit, interrupt, on);
         if !said {
@@ -470,7 +494,8 @@ impl<'m> Session<'m> {
         interrupt: &AtomicBool,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
-        self.answer_calls(results);
+        let answers = self.messages.last().map_or_else(Vec::new, |message| answers(message, results));
+        self.messages.extend(answers);
         self.go_on(limit, interrupt, on).0
     }
 
@@ -494,25 +519,6 @@ impl<'m> Session<'m> {
             }
             _ => (reply, false),
         }
-    }
-
-    /// Adds `results` to the messages if the last of them calls tools.
-    fn answer_calls(&mut self, results: &[Value]) {
-        let calls = self.messages.last().map_or(&[][..], calls);
-        let mut results = results.iter();
-        let answers: Vec<Value> = calls
-            .iter()
-            .map(|call| {
-                let content = match results.next() {
-                    Some(Value::Array(items)) => json!({ "value": items }), // a list would be parts of a message
-                    Some(result) => result.clone(),
-                    None => json!({ "error": "not run" }),
-                };
-                let (id, name) = (&call["id"], &call["function"]["name"]);
-                json!({ "role": "tool", "tool_call_id": id, "name": name, "content": content })
-            })
-            .collect();
-        self.messages.extend(answers);
     }
 
     /// Another answer to the last user message. The seed is counted up, or it would be the same one.
@@ -653,8 +659,14 @@ impl<'m> Session<'m> {
         let Some(template) = &self.template else {
             return Err(Error::usage("the conversation has no chat template"));
         };
-        let system = self.system_message().into_iter();
-        let messages: Vec<Value> = system.chain(self.messages[self.first..].iter().cloned()).collect();
+        let mut messages: Vec<Value> = self.system_message().into_iter().collect();
+        let shown = &self.messages[self.first..];
+        for (i, message) in shown.iter().enumerate() {
+            messages.push(message.clone());
+            if shown.get(i + 1).is_some_and(|next| next["role"] != "tool") {
+                messages.extend(answers(message, &[]));
+            }
+        }
         let options = template::Options { enable_thinking: self.options.think, ..Default::default() };
         let tokens = template.encode(self.tokenizer, &messages, &self.options.tools, options)?;
         let channel = Channel::after(self.tokenizer, &tokens);
@@ -790,6 +802,21 @@ fn choose(sampler: &mut Sampler, next: Next, logits: &[f32], held: &[u32]) -> Re
 /// The tool calls of a message.
 fn calls(message: &Value) -> &[Value] {
     message["tool_calls"].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// Messages with the results of the calls in `message`, in order; a call without one counts as not run.
+fn answers(message: &Value, results: &[Value]) -> Vec<Value> {
+    let results = results.iter().map(Some).chain(std::iter::repeat(None));
+    let answer = |(call, result): (&Value, Option<&Value>)| {
+        let content = match result {
+            Some(Value::Array(items)) => json!({ "value": items }), // a list would be parts of a message
+            Some(result) => result.clone(),
+            None => json!({ "error": "not run" }),
+        };
+        let (id, name) = (&call["id"], &call["function"]["name"]);
+        json!({ "role": "tool", "tool_call_id": id, "name": name, "content": content })
+    };
+    calls(message).iter().zip(results).map(answer).collect()
 }
 
 /// What the model said, as messages; `calls` tools have been called before.

@@ -74,20 +74,20 @@ fn a_schema_holds_for_the_answer_only() {
     let schema = Schema::new(&t, &json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false})).unwrap();
     let rules = Rules { schema: Some(&schema), ..Rules::default() };
     assert_eq!(reply(&t, "", "Sure: {\"a\": 12}", rules), "{\"a\": 12}");
-    assert_eq!(reply(&t, "", "<|channel>{\"a\":1}", rules), "{\"a\":1}");
-    assert_eq!(reply(&t, "", "<|tool_call>{\"a\":1}", rules), "{\"a\":1}");
+    assert_eq!(reply(&t, "", "<|channel>{\"a\": 1}", rules), "{\"a\": 1}");
+    assert_eq!(reply(&t, "", "<|tool_call>{\"a\": 1}", rules), "{\"a\": 1}");
     // `<turn|>` where the answer may not end yet, and where it may.
-    assert_eq!(reply(&t, "", "{\"a\"<turn|>:1<turn|>", rules), "{\"a\":1");
+    assert_eq!(reply(&t, "", "{\"a\"<turn|>: 1<turn|>", rules), "{\"a\": 1");
     let think = Rules { think: true, ..rules };
-    let thought = "<|channel>thought\nNumbers<channel|>{\"a\":1}";
+    let thought = "<|channel>thought\nNumbers<channel|>{\"a\": 1}";
     assert_eq!(reply(&t, "", thought, think), thought);
     // What follows the marker is a thought, and it does not end the reply.
     assert_eq!(
-        reply(&t, "", "<|channel>x<turn|>y<channel|>so {\"a\":1}", think),
-        "<|channel>thought\nxy<channel|>{\"a\":1}"
+        reply(&t, "", "<|channel>x<turn|>y<channel|>so {\"a\": 1}", think),
+        "<|channel>thought\nxy<channel|>{\"a\": 1}"
     );
     let budget = Rules { think_budget: Some(1), ..think };
-    assert_eq!(reply(&t, "", "<|channel>x{\"a\":1}", budget), "<|channel>thought\n\n<channel|>{\"a\":1}");
+    assert_eq!(reply(&t, "", "<|channel>x{\"a\": 1}", budget), "<|channel>thought\n\n<channel|>{\"a\": 1}");
     let tools = Rules { tools: true, ..rules };
     let call = "<|tool_call>call:f{}<tool_call|>";
     assert_eq!(

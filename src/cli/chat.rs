@@ -8,18 +8,20 @@ use std::ops::ControlFlow;
 use gemrun::chats::transcript::Entry;
 use gemrun::session::Event;
 
+use super::format::whole;
 use super::input::Input;
 use super::run::{Talk, Wait, reset, with_notes};
 use super::screen::Screen;
 use super::status::{self, Before};
 use super::terminal::{Shown, Style, eprintln_quietly};
-use super::{Result, keep, notes};
+use super::{Result, keep, notes, think};
 
 const HELP: &str = "\
 /help            this list
 /new             forget the conversation; the system prompt stays
 /system TEXT     set the system prompt; without TEXT, remove it
-/think on|off    let the model think before it answers
+/think on|off    let the model think before it answers; auto: if it is fast enough here
+/think show|hide show what it thinks, or do not
 /regen           another answer to the last message
 /edit            change the last message and have it answered anew; /edit TEXT replaces it
 /undo            take the last message and its answer back
@@ -43,7 +45,7 @@ enum Line<'a> {
     Help,
     New,
     System(&'a str),
-    Think(Option<bool>),
+    Think(&'a str),
     Regenerate,
     Edit(&'a str),
     Read(&'a str),
@@ -74,11 +76,7 @@ impl Line<'_> {
             "/help" | "/?" => Line::Help,
             "/new" | "/clear" => Line::New,
             "/system" => Line::System(rest),
-            "/think" => Line::Think(match rest {
-                "on" => Some(true),
-                "off" => Some(false),
-                _ => None,
-            }),
+            "/think" => Line::Think(rest),
             "/regen" => Line::Regenerate,
             "/edit" => Line::Edit(rest),
             "/read" => Line::Read(rest),
@@ -133,16 +131,7 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
                 talk.keep.set_system(&mut talk.session, (!text.is_empty()).then(|| text.to_string()));
                 say(if text.is_empty() { "No system prompt from now on." } else { "System prompt set." });
             }
-            Line::Think(Some(on)) => {
-                talk.session.set_think(on);
-                talk.keep.add(Entry { think: Some(on), ..Entry::now() });
-                say(if on { "The model thinks before it answers." } else { "The model answers at once." });
-            }
-            Line::Think(None) => say(if talk.session.options().think {
-                "Thinking is on; /think off turns it off."
-            } else {
-                "Thinking is off; /think on turns it on."
-            }),
+            Line::Think(word) => say(&think(talk, word)?),
             Line::Undo => match talk.session.undo() {
                 Some(message) => {
                     talk.keep.add(Entry { undo: Some(1), ..Entry::now() });
@@ -193,6 +182,35 @@ fn compact(talk: &mut Talk, style: Style) -> Result {
     Ok(())
 }
 
+/// `/think`: does what `word` says, and says what has been done.
+fn think(talk: &mut Talk, word: &str) -> Result<String> {
+    let said = match word {
+        "on" | "off" => {
+            set_think(talk, word == "on");
+            if word == "on" { "The model thinks before it answers." } else { "The model answers at once." }
+        }
+        "auto" => {
+            let said = think::auto(&mut talk.session)?;
+            let on = talk.session.options().think;
+            set_think(talk, on);
+            return Ok(said);
+        }
+        "show" | "hide" => {
+            talk.hide_thinking = word == "hide";
+            if talk.hide_thinking { "Thoughts are hidden." } else { "Thoughts are shown." }
+        }
+        "" if talk.session.options().think => "Thinking is on; /think off turns it off.",
+        "" => "Thinking is off; /think on turns it on.",
+        _ => "/think is followed by on, off, auto, show or hide",
+    };
+    Ok(said.to_string())
+}
+
+fn set_think(talk: &mut Talk, on: bool) {
+    talk.session.set_think(on);
+    talk.keep.add(Entry { think: Some(on), ..Entry::now() });
+}
+
 /// What the model is to reply to.
 #[derive(Clone, Copy)]
 enum Ask<'a> {
@@ -216,7 +234,7 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
         Ask::Again => String::new(),
     };
     let before = Before::now();
-    let mut screen = Screen::new(talk.hide_thinking, style);
+    let mut screen = Screen::new(talk.hide_thinking, talk.plain, style);
     let mut written = Ok(());
     let mut on = |event: Event| {
         written = screen.on(event);
@@ -226,6 +244,15 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
         Ask::New(_) => Some(talk.session.reply(&message, talk.limit, &talk.interrupt, &mut on)),
         Ask::Instead(_) => Some(talk.session.instead(&message, talk.limit, &talk.interrupt, &mut on)),
         Ask::Again => talk.session.regenerate(talk.limit, &talk.interrupt, &mut on),
+    };
+    let reply = match reply {
+        Some(Ok(reply)) => {
+            if reply.answered() {
+                talk.keep.turn(&talk.session, &reply, (!matches!(ask, Ask::New(_))).then_some(1));
+            }
+            Some(talk.go_on(reply, &mut on))
+        }
+        other => other,
     };
     written?;
     screen.finish()?;
@@ -237,8 +264,12 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
         Some(Err(error)) => return Err(error.clone().within(talk.loaded.gguf.name()).into()),
         Some(Ok(reply)) => {
             talk.count(reply);
+            if talk.session.options().schema.is_some()
+                && let Err(error) = whole(reply)
+            {
+                eprintln_quietly(format_args!("note: {error}"));
+            }
             if reply.answered() {
-                talk.keep.turn(&talk.session, reply, (!matches!(ask, Ask::New(_))).then_some(1));
                 talk.notes.clear();
             }
             Some(before.line(talk, reply))
@@ -269,8 +300,7 @@ mod tests {
         assert_eq!(Line::parse(" hi there "), Line::Say("hi there"));
         assert_eq!(Line::parse("/system  be brief "), Line::System("be brief"));
         assert_eq!(Line::parse("/system"), Line::System(""));
-        assert_eq!(Line::parse("/think on"), Line::Think(Some(true)));
-        assert_eq!(Line::parse("/think maybe"), Line::Think(None));
+        assert_eq!(Line::parse("/think on"), Line::Think("on"));
         assert_eq!(Line::parse("/bye"), Line::Exit);
         assert_eq!(Line::parse("/dance now"), Line::Unknown("/dance"));
         assert_eq!(Line::parse("/usr/bin is full"), Line::Say("/usr/bin is full"));

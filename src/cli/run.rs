@@ -27,10 +27,14 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::format::{Format, Wanted, whole};
 use super::keep::Keep;
 use super::open::{Compute, Loaded, Threads};
 use super::page_in::page_in;
+use super::screen::Page;
 use super::terminal::{Shown, Style, eprintln_quietly};
+use super::think::Thinking;
+use super::tools::{ToolFlags, Tools};
 use super::{Result, chat, chats, keep, pull, text};
 
 /// Chat with a model, or answer one prompt
@@ -96,15 +100,18 @@ pub struct Run {
     /// System prompt
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Let the model think before it answers; auto is off
-    #[arg(long, value_name = "WHEN", default_value = "auto")]
-    think: Think,
-    /// Do not show what it thinks
-    #[arg(long)]
-    hide_thinking: bool,
+    #[command(flatten)]
+    thinking: Thinking,
+    #[command(flatten)]
+    format: Format,
+    #[command(flatten)]
+    tools: ToolFlags,
     /// No chat template: continue the prompt as it is, after <bos>; markers such as <|turn> in it count as markers
     #[arg(long)]
     raw: bool,
+    /// Show text as it comes, without Markdown's looks and line breaks
+    #[arg(long)]
+    plain: bool,
     /// Never choose a token that ends the reply
     #[arg(long)]
     ignore_eos: bool,
@@ -115,14 +122,6 @@ pub struct Run {
     threads: Threads,
     #[command(flatten)]
     compute: Compute,
-}
-
-/// `--think`.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Think {
-    On,
-    Off,
-    Auto,
 }
 
 /// `--overflow`.
@@ -147,6 +146,13 @@ impl Run {
         }
         let (batch, threads) = (self.compute.batch()?, self.threads.take()?);
         self.sampling(Sampling::default()).check()?;
+        let (wanted, tools) = (self.format.read()?, self.tools.read()?);
+        if self.raw && !tools.declarations().is_empty() {
+            return Err(Error::usage("raw: with tools: expected a chat template to declare them").into());
+        }
+        if self.ignore_eos && !matches!(wanted, Wanted::Text) {
+            return Err(Error::usage("ignore-eos: with JSON: expected an answer that can end").into());
+        }
         let interrupt = interrupt_flag()?;
 
         if let Some(name) = asked.model.to_str() {
@@ -174,10 +180,10 @@ impl Run {
             threads,
             sampling,
             ignore_stops: self.ignore_eos,
-            think: self.think == Think::On,
-            think_budget: None,
-            tools: Vec::new(),
-            schema: None,
+            think: self.thinking.on(),
+            think_budget: self.thinking.budget(),
+            tools: tools.declarations().to_vec(),
+            schema: wanted.compile(&loaded.tokenizer)?,
             system: None,
             overflow: match self.overflow {
                 OnOverflow::Stop => Overflow::Stop,
@@ -205,9 +211,6 @@ impl Run {
             if let Some(seed) = self.seed {
                 session.set_seed(seed);
             }
-            if self.think != Think::Auto {
-                session.set_think(self.think == Think::On);
-            }
             if prompt.is_none() {
                 eprintln_quietly(format_args!("{}", resumed.line(keep.id().unwrap_or(&id))));
             }
@@ -215,13 +218,18 @@ impl Run {
                 keep.set_system(&mut session, Some(system.clone()));
             }
         }
+        if !self.raw {
+            self.thinking.settle(&mut session)?;
+        }
         let limit = self.predict.unwrap_or(usize::MAX);
         let mut talk = Talk {
             session,
             loaded: &loaded,
             interrupt,
             limit,
-            hide_thinking: self.hide_thinking,
+            hide_thinking: self.thinking.hidden(),
+            tools,
+            plain: self.plain || self.raw || !matches!(wanted, Wanted::Text),
             totals: Usage::default(),
             last_end: None,
             keep,
@@ -344,6 +352,9 @@ pub struct Talk<'m> {
     pub interrupt: Arc<AtomicBool>,
     pub limit: usize,
     pub hide_thinking: bool,
+    /// Whether answers are shown as they come.
+    pub plain: bool,
+    pub tools: Tools,
     pub totals: Usage,
     pub last_end: Option<session::End>,
     pub keep: Keep,
@@ -363,6 +374,24 @@ impl Talk<'_> {
         let facts = home.and_then(|home| facts::read(&home).ok()).unwrap_or_default();
         let system = self.keep.instructions().0.map(str::to_string);
         self.keep.instruct(&mut self.session, system, facts);
+    }
+
+    /// Runs what `reply` calls and has the model go on, until nothing more is to be run.
+    pub fn go_on(
+        &mut self,
+        mut reply: session::Reply,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> gemrun::Result<session::Reply> {
+        let mut round = 0;
+        while let Some(results) = self.tools.results(&reply, round, &self.interrupt) {
+            self.count(&reply);
+            let next = self.session.reply_to_calls(&results, self.limit, &self.interrupt, on);
+            // What the tools returned is said, whatever becomes of the reply.
+            self.keep.turn(&self.session, next.as_ref().unwrap_or(&reply), Some(1));
+            reply = next?;
+            round += 1;
+        }
+        Ok(reply)
     }
 
     /// Adds a reply to the figures of `--stats`.
@@ -418,9 +447,11 @@ impl Talk<'_> {
 fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
     let mut out = std::io::stdout().lock();
     let shown = Shown::stdout();
+    let mut page = Page::new(talk.plain);
     let style = Style::stderr();
     let show_thoughts = !talk.hide_thinking && std::io::stderr().is_terminal();
     let mut thinking = false;
+    let runs_tools = talk.tools.run();
     let mut before: Option<bool> = None; // was what was printed last a tool call?
     let mut wait = Wait::new();
     let mut written = Ok(());
@@ -434,19 +465,26 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
                 thinking = true;
             }
             Event::Thought(_) => {}
+            // A call that is run is no part of the answer.
+            Event::ToolCall { name, arguments } if runs_tools => {
+                let line = terminal_text(&tool_call(name, arguments));
+                let end = if std::mem::take(&mut thinking) { "\n\n" } else { "" };
+                eprintln_quietly(format_args!("{end}{}{line}{}", style.dim(), style.plain()));
+                before = before.map(|_| true);
+            }
             Event::Answer(_) | Event::ToolCall { .. } => {
                 if std::mem::take(&mut thinking) {
                     eprintln_quietly(format_args!("\n"));
                 }
                 let (text, call) = match event {
-                    Event::ToolCall { name, arguments } => (tool_call(name, arguments), true),
-                    Event::Answer(answer) => (answer.to_string(), false),
+                    Event::ToolCall { name, arguments } => {
+                        (page.end() + gap(before, true) + &shown.text(&tool_call(name, arguments)), true)
+                    }
+                    Event::Answer(answer) => (gap(before, false).to_string() + &page.answer(answer), false),
                     Event::Prompt { .. } | Event::Note(_) | Event::Thought(_) => return ControlFlow::Continue(()),
                 };
-                // A call has a line to itself.
-                let gap = if before.is_some_and(|before_call| call || before_call) { "\n" } else { "" };
                 before = Some(call);
-                written = write!(out, "{gap}{}", shown.text(&text)).and_then(|()| out.flush());
+                written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
             }
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -456,18 +494,26 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
         true => talk.session.complete(prompt, talk.limit, &talk.interrupt, &mut on),
         false => talk.session.reply(&message, talk.limit, &talk.interrupt, &mut on),
     };
+    let reply = reply.and_then(|reply| {
+        if reply.answered() {
+            talk.keep.turn(&talk.session, &reply, None);
+        }
+        talk.go_on(reply, &mut on)
+    });
     wait.done();
     let reply =
         reply.map_err(|e| if e.kind() == gemrun::Kind::Invalid { e.within(talk.loaded.gguf.name()) } else { e })?;
     talk.count(&reply);
     written?;
-    writeln!(out)?;
+    writeln!(out, "{}", page.end())?;
     out.flush()?;
     keep::tell(&mut talk.session);
     if reply.answered() {
-        talk.keep.turn(&talk.session, &reply, None);
         talk.keep.left_out(&talk.session);
         talk.keep.save(&mut talk.session);
+    }
+    if talk.session.options().schema.is_some() {
+        whole(&reply)?;
     }
     match reply.end {
         session::End::Interrupted => Err(super::interrupted()),
@@ -483,6 +529,11 @@ fn once(talk: &mut Talk, prompt: &str, raw: bool) -> Result {
 /// A message that begins with notes.
 pub fn with_notes(notes: &[String], message: &str) -> String {
     notes.iter().rev().fold(message.to_string(), |message, note| session::before(note, &message))
+}
+
+/// What stands between two parts of an answer: a call has a line to itself.
+fn gap(before_call: Option<bool>, call: bool) -> &'static str {
+    if before_call.is_some_and(|before_call| call || before_call) { "\n" } else { "" }
 }
 
 /// A tool call as one line of JSON.

@@ -1,22 +1,85 @@
 //! A reply on the screen of a chat: thoughts faint, the answer plain, a tool call on a line of its own.
+//!
+//! On a terminal with colours text is Markdown and broken into lines; elsewhere it is written as it comes.
 
 use std::io::Write;
 
 use gemrun::session::Event;
 
+use super::markdown::Markdown;
 use super::run::{Wait, tool_call};
-use super::terminal::{Shown, Style, eprintln_quietly};
+use super::terminal::{Shown, Style, eprintln_quietly, shows_unicode, stdout_columns};
+use super::wrap::{Look, Wrap};
+
+/// What is to be written on standard output for a model's text.
+pub struct Page {
+    shown: Shown,
+    styled: Option<Styled>,
+    /// Whether the cursor stands at the beginning of a line.
+    fresh: bool,
+}
+
+struct Styled {
+    answer: Markdown,
+    thought: Wrap,
+}
+
+impl Page {
+    /// `plain`: text as it comes, whatever standard output is.
+    pub fn new(plain: bool) -> Page {
+        let styled = (!plain && Style::stdout().is_on())
+            .then(|| Styled { answer: Markdown::new(shows_unicode()), thought: Wrap::new() });
+        Page { shown: Shown::stdout(), styled, fresh: true }
+    }
+
+    /// More of the answer.
+    pub fn answer(&mut self, text: &str) -> String {
+        let text = self.shown.text(text);
+        let Some(styled) = &mut self.styled else { return self.plain(text.clone(), text) };
+        let out = styled.answer.push(&text, stdout_columns());
+        self.fresh = styled.answer.is_fresh();
+        out
+    }
+
+    /// More of the thoughts, faint in `style`.
+    pub fn thought(&mut self, text: &str, style: Style) -> String {
+        let text = self.shown.text(text);
+        let Some(Styled { thought, .. }) = &mut self.styled else {
+            // Each piece is faint by itself, so that whatever ends the reply leaves the terminal plain.
+            return self.plain(format!("{}{text}{}", style.dim(), style.plain()), text);
+        };
+        thought.set_columns(stdout_columns());
+        text.chars().for_each(|c| thought.put(c, Look::FAINT));
+        self.fresh = thought.is_fresh();
+        thought.take()
+    }
+
+    fn plain(&mut self, out: String, text: String) -> String {
+        if !text.is_empty() {
+            self.fresh = text.ends_with('\n');
+        }
+        out
+    }
+
+    /// What was held back; something else follows, or nothing.
+    pub fn end(&mut self) -> String {
+        let Some(Styled { answer, thought }) = &mut self.styled else { return String::new() };
+        thought.end_word();
+        let out = thought.take() + &answer.finish();
+        (*answer, *thought) = (Markdown::new(shows_unicode()), Wrap::new());
+        out
+    }
+}
 
 /// Puts a reply on the screen: thoughts faint, the answer plain.
 pub struct Screen {
     out: std::io::Stdout,
+    page: Page,
     shown: Shown,
     style: Style,
     hide_thinking: bool,
     wait: Wait,
     now: Part,
-    /// Whether the cursor stands at the beginning of a line.
-    fresh_line: bool,
 }
 
 /// What was shown last.
@@ -30,9 +93,10 @@ enum Part {
 }
 
 impl Screen {
-    pub fn new(hide_thinking: bool, style: Style) -> Screen {
-        let (out, shown) = (std::io::stdout(), Shown::stdout());
-        Screen { out, shown, style, hide_thinking, wait: Wait::new(), now: Part::Nothing, fresh_line: true }
+    /// `plain`: no Markdown.
+    pub fn new(hide_thinking: bool, plain: bool, style: Style) -> Screen {
+        let (out, shown, page) = (std::io::stdout(), Shown::stdout(), Page::new(plain));
+        Screen { out, page, shown, style, hide_thinking, wait: Wait::new(), now: Part::Nothing }
     }
 
     pub fn on(&mut self, event: Event) -> std::io::Result<()> {
@@ -44,22 +108,25 @@ impl Screen {
                 if self.now != Part::HiddenThought {
                     self.enter(Part::HiddenThought)?;
                     self.write(&format!("{}thinking ...{}", self.style.dim(), self.style.plain()))?;
-                    self.fresh_line = false;
+                    self.page.fresh = false;
                 }
             }
             Event::Thought(text) => {
                 self.enter(Part::Thought)?;
-                // Each piece is faint by itself, so that whatever ends the reply leaves the terminal plain.
-                self.show(&format!("{}{}{}", self.style.dim(), self.shown.text(text), self.style.plain()), text)?;
+                let out = self.page.thought(text, self.style);
+                self.write(&out)?;
             }
             Event::Answer(text) => {
                 self.enter(Part::Answer)?;
-                self.show(&self.shown.text(text), text)?;
+                let out = self.page.answer(text);
+                self.write(&out)?;
             }
             Event::ToolCall { name, arguments } => {
                 self.enter(Part::ToolCall)?;
                 let line = format!("{}\n", tool_call(name, arguments));
-                self.show(&self.shown.text(&line), &line)?;
+                let line = self.shown.text(&line);
+                self.write(&line)?;
+                self.page.fresh = true;
             }
         }
         self.out.flush()
@@ -68,10 +135,7 @@ impl Screen {
     /// Ends the line of the part before.
     fn enter(&mut self, part: Part) -> std::io::Result<()> {
         if self.now != part {
-            if !self.fresh_line {
-                self.write("\n")?;
-                self.fresh_line = true;
-            }
+            self.end_line()?;
             if self.now == Part::Thought {
                 self.write("\n")?;
             }
@@ -80,11 +144,14 @@ impl Screen {
         Ok(())
     }
 
-    fn show(&mut self, styled: &str, text: &str) -> std::io::Result<()> {
-        if !text.is_empty() {
-            self.fresh_line = text.ends_with('\n');
+    fn end_line(&mut self) -> std::io::Result<()> {
+        let rest = self.page.end();
+        self.write(&rest)?;
+        if !self.page.fresh {
+            self.write("\n")?;
+            self.page.fresh = true;
         }
-        self.write(styled)
+        Ok(())
     }
 
     fn write(&mut self, text: &str) -> std::io::Result<()> {
@@ -93,9 +160,7 @@ impl Screen {
 
     pub fn finish(&mut self) -> std::io::Result<()> {
         self.wait.done();
-        if !self.fresh_line {
-            self.write("\n")?;
-        }
+        self.end_line()?;
         self.out.flush()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The crate turns a schema into a grammar over bytes and walks it along a tree of the vocabulary's tokens. Here it is
 //! given the vocabulary: markers end an answer or are no text at all, and tokens that are never sampled do not exist.
-//! White space between the tokens of JSON is at most a line feed and a few spaces, so that none goes on for ever.
+//! White space is one space behind each comma and colon and none elsewhere: a model that is kept from saying what it
+//! wants fills the time with space, if it may. For the same reason numbers have no more digits than they need.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,8 +18,10 @@ use crate::{Error, Kind, Result};
 
 /// Longer tokens are not offered; Gemma's longest is 93 bytes, and the tree holds no more than 1024.
 const MAX_TOKEN_BYTES: usize = 255;
-/// White space, where JSON may have any.
-const SPACE: &str = r"\n? {1,16}|\n";
+
+/// Digits of a number in a row, and those of its exponent: enough for every 64-bit integer, and for `f64` to hold it.
+const MAX_DIGITS: usize = 20;
+const MAX_EXPONENT: usize = 2;
 
 /// A schema, ready for any number of answers.
 #[derive(Clone)]
@@ -26,6 +29,9 @@ pub struct Schema(Arc<Start>);
 
 struct Start {
     matcher: Matcher,
+    vocabulary: TokEnv,
+    /// Tokens that begin with a digit.
+    digits: Vec<u32>,
     source: Value,
 }
 
@@ -46,7 +52,12 @@ impl Schema {
             Value::Bool(true) => json!({}),
             _ => return Err(Error::usage("schema: expected a JSON object")),
         };
-        let options = JsonCompileOptions { whitespace_pattern: Some(SPACE.into()), ..JsonCompileOptions::default() };
+        let options = JsonCompileOptions {
+            item_separator: ", ".into(),
+            key_separator: ": ".into(),
+            whitespace_flexible: false,
+            ..JsonCompileOptions::default()
+        };
         options.apply_to(&mut grammar);
         let vocabulary = vocabulary(tokenizer)?;
         // The crate's own guard against its own bugs: a schema comes from a file.
@@ -58,7 +69,10 @@ impl Schema {
             matcher.compute_mask().map(|_| matcher)
         }));
         let matcher = compiled.map_err(|e| Error::usage(format!("schema: {}", one_line(&e))))?;
-        Ok(Schema(Arc::new(Start { matcher, source: schema.clone() })))
+        let tree = vocabulary.tok_trie();
+        let begins_with_digit = |&id: &u32| tree.token(id).first().is_some_and(u8::is_ascii_digit);
+        let digits = (0..tree.vocab_size() as u32).filter(begins_with_digit).collect();
+        Ok(Schema(Arc::new(Start { matcher, vocabulary, digits, source: schema.clone() })))
     }
 
     /// Any object or array.
@@ -71,14 +85,46 @@ impl Schema {
 
     /// At the beginning of an answer.
     pub(super) fn begin(&self) -> Answer {
-        Answer { matcher: self.0.matcher.deep_clone(), begun: false }
+        let start = Arc::clone(&self.0);
+        Answer { matcher: start.matcher.deep_clone(), start, begun: false, number: Number::default() }
     }
 }
 
 /// One answer as it grows.
 pub(super) struct Answer {
     matcher: Matcher,
+    start: Arc<Start>,
     begun: bool,
+    number: Number,
+}
+
+/// Where in a number the text ends.
+#[derive(Default)]
+struct Number {
+    in_string: bool,
+    escaped: bool,
+    exponent: bool,
+    digits: usize,
+}
+
+impl Number {
+    fn push(&mut self, byte: u8) {
+        if self.in_string {
+            self.in_string = self.escaped || byte != b'"';
+            self.escaped = !self.escaped && byte == b'\\';
+            return;
+        }
+        match byte {
+            b'0'..=b'9' => self.digits += 1,
+            b'e' | b'E' if self.digits > 0 => (self.exponent, self.digits) = (true, 0),
+            b'+' | b'-' if self.exponent => {}
+            _ => *self = Number { in_string: byte == b'"', ..Number::default() },
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        !self.in_string && self.digits >= if self.exponent { MAX_EXPONENT } else { MAX_DIGITS }
+    }
 }
 
 impl Answer {
@@ -92,12 +138,21 @@ impl Answer {
         let mask: SimpleVob = self.matcher.compute_mask_or_eos().map_err(|e| failed(&e))?;
         bits.clear();
         bits.extend_from_slice(mask.as_slice());
+        if self.number.is_full() {
+            for &id in &self.start.digits {
+                bits[id as usize / 32] &= !(1 << (id % 32));
+            }
+            if bits.iter().all(|&word| word == 0) {
+                bits.copy_from_slice(mask.as_slice()); // the schema asks for more
+            }
+        }
         Ok(())
     }
 
     /// Takes a token that [`Answer::allowed`] allowed.
     pub fn push(&mut self, token: u32) -> Result<()> {
         self.begun = true;
+        self.start.vocabulary.tok_trie().token(token).iter().for_each(|&byte| self.number.push(byte));
         self.matcher.consume_token(token).map_err(|e| failed(&e))
     }
 
