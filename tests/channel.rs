@@ -326,6 +326,43 @@ proptest! {
         prop_assert_eq!(read_ids(&t, &[], &ids), expected);
     }
 
+    /// The same text in other tokens, between the same markers, is the same events.
+    #[test]
+    fn any_split_is_read_the_same(parts in prop::collection::vec(part(), 0..6), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..20)) {
+        let t = tokenizer();
+        let mut pieces: Vec<(String, bool)> = Vec::new();
+        for part in parts {
+            match part {
+                Part::Answer(text) => pieces.push((text, false)),
+                Part::Thought(text) => pieces.extend([("<|channel>".into(), true), (format!("thought\n{text}\n"), false), ("<channel|>".into(), true)]),
+                Part::Call(name, arguments) => {
+                    pieces.extend([("<|tool_call>".into(), true), (format!("call:{name}"), false)]);
+                    write_value(&Value::Object(arguments), " ", &mut pieces);
+                    pieces.push(("<tool_call|>".into(), true));
+                }
+                Part::Stray(marker) => pieces.push((marker.into(), true)),
+            }
+        }
+        let (mut whole, mut split, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
+        for (text, marker) in &pieces {
+            t.append(text, *marker, &mut whole);
+            if *marker {
+                t.append(text, true, &mut split);
+                t.append(text, true, &mut bytes);
+                continue;
+            }
+            let mut at: Vec<usize> = cuts.iter().map(|cut| text.floor_char_boundary(cut.index(text.len() + 1))).collect();
+            at.extend([0, text.len()]);
+            at.sort_unstable();
+            at.windows(2).for_each(|cut| t.append(&text[cut[0]..cut[1]], false, &mut split));
+            // Characters in several tokens.
+            bytes.extend(text.bytes().filter_map(|byte| t.id_of(&format!("<0x{byte:02X}>"))));
+        }
+        let expected = read_ids(&t, &[], &whole);
+        prop_assert_eq!(&read_ids(&t, &[], &split), &expected);
+        prop_assert_eq!(&read_ids(&t, &[], &bytes), &expected);
+    }
+
     /// Any tokens are read without a panic; without markers that open something, the answer is their whole text.
     #[test]
     fn any_tokens_are_read(ids in prop::collection::vec(prop_oneof![

@@ -60,6 +60,10 @@ impl Input {
                     let note = "Ctrl-C again leaves, as does Ctrl-D.";
                     eprintln_quietly(format_args!("{}{note}{}", style.dim(), style.plain()));
                 }
+                Err(ReadlineError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    message.clear();
+                    eprintln_quietly(format_args!("note: what was typed is not UTF-8 and is dropped"));
+                }
                 Err(ReadlineError::Eof) => return Ok(None),
                 Err(error) => return Err(failed(&error)),
             }
