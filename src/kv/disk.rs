@@ -29,7 +29,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{BLOCK, Block, Form, Kv, Layer, Scale, Store};
 use crate::new_file::NewFile;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 const MAGIC: &[u8; 8] = b"gemrunKV";
 /// Of the files' layout.
@@ -161,32 +161,52 @@ impl Store {
         }
     }
 
-    /// Takes what [`Store::append_to`] wrote of a store of the same form and size from the beginning of `bytes`.
-    fn fill_from<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
-        fn floats<'a>(values: &mut [f32], bytes: &'a [u8]) -> &'a [u8] {
-            let (own, rest) = bytes.split_at(4 * values.len());
-            values.iter_mut().zip(own.as_chunks().0).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
-            rest
+    /// A store with nothing in it, not even zeros.
+    fn hollow(form: Form) -> Store {
+        match form {
+            Form::F32 => Store::F32(Vec::new()),
+            Form::F16 => Store::F16(Vec::new()),
+            Form::I8(scale) => Store::I8(scale, Vec::new(), Vec::new()),
+            Form::I4(scale) => Store::I4(scale, Vec::new(), Vec::new()),
         }
+    }
+
+    /// Fills a hollow store with what [`Store::append_to`] wrote of one.
+    fn fill_from(&mut self, bytes: &[u8], scales: usize) -> Result<()> {
+        let (values, scales) = match self {
+            Store::F32(_) | Store::F16(_) => (bytes, &[][..]),
+            Store::I8(..) | Store::I4(..) => bytes.split_at(bytes.len() - 4 * scales),
+        };
+        let float = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
         match self {
-            Store::F32(values) => floats(values, bytes),
-            Store::F16(values) => {
-                let (own, rest) = bytes.split_at(2 * values.len());
-                values.iter_mut().zip(own.as_chunks().0).for_each(|(value, bytes)| *value = u16::from_le_bytes(*bytes));
-                rest
+            Store::F32(store) => extend(store, values.as_chunks().0.iter().map(float)),
+            Store::F16(store) => extend(store, values.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes))),
+            Store::I8(_, store, factors) => {
+                extend(store, values.iter().map(|byte| *byte as i8))?;
+                extend(factors, scales.as_chunks().0.iter().map(float))
             }
-            Store::I8(_, values, scales) => {
-                let (own, rest) = bytes.split_at(values.len());
-                values.iter_mut().zip(own).for_each(|(value, byte)| *value = *byte as i8);
-                floats(scales, rest)
-            }
-            Store::I4(_, values, scales) => {
-                let (own, rest) = bytes.split_at(values.len());
-                values.copy_from_slice(own);
-                floats(scales, rest)
+            Store::I4(_, store, factors) => {
+                extend(store, values.iter().copied())?;
+                extend(factors, scales.as_chunks().0.iter().map(float))
             }
         }
     }
+
+    fn is_hollow(&self) -> bool {
+        match self {
+            Store::F32(store) => store.is_empty(),
+            Store::F16(store) => store.is_empty(),
+            Store::I8(_, store, _) => store.is_empty(),
+            Store::I4(_, store, _) => store.is_empty(),
+        }
+    }
+}
+
+/// Adds `values` to an empty vector, which gets just the memory for them.
+fn extend<T>(store: &mut Vec<T>, values: impl ExactSizeIterator<Item = T>) -> Result<()> {
+    store.try_reserve_exact(values.len()).map_err(|_| Error::new(Kind::Memory, "no memory left for the kv cache"))?;
+    store.extend(values);
+    Ok(())
 }
 
 /// How many tokens `a` and `b` begin with alike.
@@ -232,7 +252,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 /// Removes the files in `folder`, the index first.
 ///
 /// # Errors
-/// [`crate::Kind::Other`] if one cannot be removed.
+/// [`Kind::Other`] if one cannot be removed.
 pub fn remove(folder: &Path) -> Result<()> {
     let index = index_path(folder);
     for path in std::iter::once(index).chain(files(folder)) {
@@ -248,7 +268,7 @@ impl Saved {
     /// Reads which tokens the files in `folder` hold keys and values of, for a cache like `kv`. `None` if there are none.
     ///
     /// # Errors
-    /// [`crate::Kind::Invalid`], with the reason, if they are damaged, of another version, or made for another key.
+    /// [`Kind::Invalid`], with the reason, if they are damaged, of another version, or made for another key.
     pub fn open(folder: &Path, key: &Key, kv: &Kv) -> Result<Option<Saved>> {
         let path = index_path(folder);
         let mut bytes = Vec::new();
@@ -337,13 +357,12 @@ impl Saved {
     /// compared with their checksums.
     ///
     /// # Errors
-    /// [`crate::Kind::Invalid`] if a record is damaged or missing, [`crate::Kind::Usage`] if the cache is too small.
+    /// [`Kind::Invalid`] if a record is damaged or missing, [`Kind::Usage`] if the cache is too small.
     pub fn restore(&self, kv: &Kv, len: usize, window: usize) -> Result<Kv> {
-        let mut new = kv.empty();
-        new.reserve(len)?;
-        if self.sizes != kv.record_bytes() || self.reach(len, window) != len {
+        if self.sizes != kv.record_bytes() || len > kv.context || self.reach(len, window) != len {
             return Err(wrong(&index_path(&self.folder), "does not hold what is asked of it"));
         }
+        let mut new = kv.empty();
         let there: BTreeSet<usize> = self.live(Class::Sliding).collect();
         // The newest blocks without a gap, as many as a ring has.
         let blocks = len.div_ceil(BLOCK);
@@ -354,12 +373,21 @@ impl Saved {
         for layer in new.layers.iter_mut().flatten() {
             layer.written = len;
             layer.since = if layer.sliding { first_kept(layer) * BLOCK } else { 0 };
+            let hollow = || Block { keys: Store::hollow(layer.keys), values: Store::hollow(layer.values) };
+            layer.blocks = std::iter::repeat_with(hollow).take(layer.blocks(len)).collect();
         }
-        self.read(&mut |record, bytes| {
-            if record.live && record.block < blocks {
-                new.fill(record, bytes);
-            }
+        self.read(&mut |record, bytes| match record.live && record.block < blocks {
+            true => new.fill(record, bytes),
+            false => Ok(()),
         })?;
+        // What sliding layers do not need has not been kept.
+        for layer in new.layers.iter_mut().flatten() {
+            for i in 0..layer.blocks.len() {
+                if layer.blocks[i].keys.is_hollow() {
+                    layer.blocks[i] = layer.new_block()?;
+                }
+            }
+        }
         new.len = len;
         // So that what is not used for long is found first when room is needed.
         let _ = File::open(index_path(&self.folder)).and_then(|file| file.set_modified(std::time::SystemTime::now()));
@@ -367,7 +395,7 @@ impl Saved {
     }
 
     /// Reads all records in order, each compared with its checksum before `on` gets it.
-    fn read(&self, on: &mut dyn FnMut(&Record, &[u8])) -> Result<()> {
+    fn read(&self, on: &mut dyn FnMut(&Record, &[u8]) -> Result<()>) -> Result<()> {
         let path = self.data_path(self.generation);
         let mut file = File::open(&path).map_err(|e| Error::io(&path, &e))?;
         let mut buffer = vec![0; self.sizes.into_iter().max().unwrap_or(0)];
@@ -380,7 +408,7 @@ impl Saved {
             if xxh3_64(bytes) != record.hash {
                 return Err(wrong(&path, format!("record {i}: damaged")));
             }
-            on(record, bytes);
+            on(record, bytes)?;
         }
         Ok(())
     }
@@ -400,7 +428,7 @@ impl Saved {
     /// to the marks that still hold. A crash leaves what was there before.
     ///
     /// # Errors
-    /// [`crate::Kind::Other`] if the disk is full or fails.
+    /// [`Kind::Other`] if the disk is full or fails.
     pub fn update(&mut self, kv: &Kv, tokens: &[u32], marks: &[usize], window: usize) -> Result<()> {
         let tokens = &tokens[..tokens.len().min(kv.len)];
         let (len, same) = (tokens.len(), common(&self.tokens, tokens));
@@ -462,18 +490,17 @@ impl Saved {
         }
         let path = self.data_path(self.generation);
         let mut file = File::create(&path).map_err(|e| Error::io(&path, &e))?;
-        let (mut live, mut at, mut written) = (Vec::new(), 0, Ok(()));
+        let (mut live, mut records) = (Vec::new(), self.records.iter());
         if !old.records.is_empty() {
+            // The records are the same, but fewer of them are live.
             old.read(&mut |_, bytes| {
-                let record = self.records[at];
-                at += 1;
-                if record.live && written.is_ok() {
-                    written = file.write_all(bytes);
-                    live.push(record);
+                if let Some(record) = records.next().filter(|record| record.live) {
+                    file.write_all(bytes).map_err(|e| Error::io(&path, &e))?;
+                    live.push(*record);
                 }
+                Ok(())
             })?;
         }
-        written.map_err(|e| Error::io(&path, &e))?;
         self.records = live;
         Ok(())
     }
@@ -537,7 +564,7 @@ impl Kv {
     }
 
     /// Puts a record where it belongs in a cache that has room for it. Blocks a ring no longer holds are left out.
-    fn fill(&mut self, record: &Record, mut bytes: &[u8]) {
+    fn fill(&mut self, record: &Record, mut bytes: &[u8]) -> Result<()> {
         for layer in self.layers.iter_mut().flatten().filter(|layer| record.class.has(layer)) {
             let (this, rest) = bytes.split_at(layer.block_bytes());
             bytes = rest;
@@ -545,9 +572,13 @@ impl Kv {
                 continue;
             }
             let index = layer.index(record.block * BLOCK);
-            let Block { keys, values } = &mut layer.blocks[index];
-            values.fill_from(keys.fill_from(this));
+            let scales = layer.kv_heads * BLOCK;
+            let (keys, values) = this.split_at(layer.kv_heads * layer.keys.bytes(layer.key_elements(), BLOCK));
+            let block = &mut layer.blocks[index];
+            block.keys.fill_from(keys, scales)?;
+            block.values.fill_from(values, scales)?;
         }
+        Ok(())
     }
 }
 
