@@ -7,6 +7,7 @@ mod terminal;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -321,6 +322,27 @@ fn what_the_environment_says() {
 }
 
 #[test]
+fn an_earlier_upload() {
+    let mut setting = Setting::new(noise(200_000));
+    let old = std::mem::replace(&mut setting.bytes, noise(300_000));
+    let table = setting.home.path().join("models.toml");
+    setting.ok(&["pull", "mine", "--no-pack"]);
+    let text = fs::read_to_string(&table).unwrap().replace(&sha256(&old), &sha256(&setting.bytes));
+    let text = text.replace("bytes = 200000", "bytes = 300000");
+    fs::write(&table, format!("{text}supersedes = [\"{}\"]\n", sha256(&old))).unwrap();
+    setting.hub.replace(setting.bytes.clone());
+
+    assert_eq!(setting.list()[0]["state"], "older");
+    assert_eq!(setting.ok(&["verify"]).0, "mine: whole, but gemrun pull mine gets a newer upload\n");
+    flip(&setting.file(), 100_000);
+    let error = setting.error(&["verify", "mine"], 5);
+    assert!(error.starts_with("mine: damaged: bytes 0-199999: gemrun pull mine"), "{error}");
+    setting.ok(&["pull", "mine", "--no-pack"]);
+    assert_eq!(fs::read(setting.file()).unwrap(), setting.bytes);
+    assert_eq!((&setting.list()[0]["state"], setting.ok(&["verify"]).0.as_str()), (&"whole".into(), "mine: whole\n"));
+}
+
+#[test]
 fn parts_that_belong_to_a_model() {
     let setting = Setting::new(DEMO.to_vec());
     let table = setting.home.path().join("models.toml");
@@ -415,15 +437,28 @@ fn killed_at_random_points() {
 #[test]
 fn one_of_two_pulls_waits() {
     let setting = Setting::new(noise(20_000_000));
-    setting.hub.faults([Fault::Slow]);
-    let pulls: Vec<Child> = (0..2).map(|_| setting.gemrun(&["pull", "mine", "--no-pack"]).spawn().unwrap()).collect();
-    let outputs: Vec<Output> = pulls.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
-    let err: Vec<String> = outputs.iter().map(|output| text(output).1).collect();
-    assert!(outputs.iter().all(|output| output.status.success()), "{err:?}");
-    assert_eq!(setting.hub.sent(), 20_000_000, "{err:?}");
+    // The first one gets no further until the second one waits for it.
+    let (go, wait) = std::sync::mpsc::channel();
+    setting.hub.when_sent(5_000_000, move || {
+        let _ = wait.recv_timeout(Duration::from_secs(20));
+    });
+    let first = setting.gemrun(&["pull", "mine", "--no-pack"]).spawn().unwrap();
+    let begun = Instant::now();
+    while !setting.part().exists() && begun.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut second = setting.gemrun(&["pull", "mine", "--no-pack"]).spawn().unwrap();
+    let mut lines = BufReader::new(second.stderr.take().unwrap()).lines();
+    let waiting = "another gemrun downloads this file: waiting until it is done";
+    assert!(lines.any(|line| line.unwrap() == waiting), "the second one does not wait");
+    go.send(()).unwrap();
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(rest, ["x.gguf: here already"]);
+    assert!(second.wait().unwrap().success());
+    let first = first.wait_with_output().unwrap();
+    assert!(first.status.success() && text(&first).1.contains("fetched 0.02 GB"), "{}", text(&first).1);
+    assert_eq!(setting.hub.sent(), 20_000_000);
     assert_eq!(fs::read(setting.file()).unwrap(), setting.bytes);
-    assert_eq!(err.iter().filter(|err| err.contains("another gemrun downloads this file")).count(), 1, "{err:?}");
-    assert_eq!(err.iter().filter(|err| err.contains("fetched 0.02 GB")).count(), 1, "{err:?}");
 }
 
 #[test]

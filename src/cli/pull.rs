@@ -250,7 +250,7 @@ impl Puller<'_> {
         let outcome = download::fetch(&network, remote, place, &mut |event| told.tell(event));
         let seconds = told.end();
         match outcome? {
-            Outcome::Present => eprintln_quietly(format_args!("{file}: here already, read and found right")),
+            Outcome::Present => eprintln_quietly(format_args!("{file}: here already")),
             Outcome::Fetched(bytes) => {
                 let (gb, speed) = (bytes as f64 / 1e9, bytes as f64 / 1e6 / seconds.max(1e-3));
                 let right = match Record::read(place).and_then(|record| record.sha256) {

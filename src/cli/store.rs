@@ -252,6 +252,7 @@ impl Verify {
         for path in &paths {
             let (name, found) = (names.name(path), names.verify(path, &interrupt)?);
             let told = match &found {
+                Verdict::Same if names.is_earlier(path) => format!("whole, but gemrun pull {name} gets a newer upload"),
                 Verdict::Same => "whole".to_string(),
                 Verdict::Unknown(hash) => format!("sha256 {hash}, nothing to compare it with"),
                 Verdict::Other(hash) => format!("another file than expected: sha256 {hash}"),
@@ -292,8 +293,14 @@ impl Names {
         Ok(places)
     }
 
+    /// Whether the file at `path` is, by its record, an earlier upload of what is known.
+    fn is_earlier(&self, path: &Path) -> bool {
+        let supersedes = self.remote(path).map(|remote| remote.supersedes).unwrap_or_default();
+        Record::read(path).and_then(|record| record.sha256).is_some_and(|hash| supersedes.contains(&hash))
+    }
+
     fn verify(&self, path: &Path, interrupt: &AtomicBool) -> gemrun::Result<Verdict> {
-        let known = self.remote(path);
+        let known = self.remote(path).filter(|_| !self.is_earlier(path));
         let mut shown = Shown::new("checking", interrupt);
         let verified = store::verify(path, known.as_ref(), &mut |done, total| shown.at(done, total));
         shown.end();

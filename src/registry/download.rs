@@ -157,7 +157,8 @@ fn look(remote: &Remote, target: &Path, tell: &mut Tell) -> Result<There> {
         return Ok(There::Right);
     }
     let earlier = |hash: &String| remote.supersedes.contains(hash);
-    if Record::read(target).is_some_and(|old| old.untouched(target) && old.sha256.as_ref().is_some_and(earlier)) {
+    // Whole or damaged, it is replaced.
+    if Record::read(target).is_some_and(|old| old.sha256.as_ref().is_some_and(earlier)) {
         return Ok(There::Nothing);
     }
     let checking = &mut |done, total| tell(Event::Checking(done, total));
