@@ -162,7 +162,7 @@ fn ask(call: &Call) -> Said {
         return Said::No;
     }
     let call = Shown::terminal().text(&printable(&format!("{}{}", call.name, call.arguments)));
-    eprint!("run {call}? [y]es, [a]lways, [N]o ");
+    let _ = write!(std::io::stderr(), "run {call}? [y]es, [a]lways, [N]o ");
     let mut line = String::new();
     match std::io::stdin().read_line(&mut line).map(|_| line.trim().to_ascii_lowercase()).as_deref() {
         Ok("y" | "yes") => Said::Yes,

@@ -154,12 +154,14 @@ impl Wrap {
     fn next_line(&mut self) {
         self.gap = 0;
         self.out.push('\n');
-        self.set_pen(Look::FAINT);
         // A margin that leaves no room is none.
         let fits = self.margin.width() <= self.columns.unwrap_or(0) / 2;
-        let margin = if fits { self.margin.as_str() } else { "" };
-        self.out.push_str(margin);
-        self.column = margin.width();
+        self.column = 0;
+        if fits && !self.margin.is_empty() {
+            self.set_pen(Look::FAINT);
+            self.out.push_str(&self.margin);
+            self.column = self.margin.width();
+        }
     }
 
     fn set_pen(&mut self, look: Look) {
