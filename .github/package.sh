@@ -40,7 +40,7 @@ for target in "${targets[@]}"; do
     fi
 done
 
-(cd "$out" && sha256sum -- *.tar.gz $(ls | grep '\.deb$' || true) >SHA256SUMS)
+(cd "$out" && shopt -s nullglob && sha256sum -- *.tar.gz *.deb >SHA256SUMS)
 sum() { sed -n "s/^\([0-9a-f]*\)  gemrun-$version-$1.tar.gz\$/\1/p" "$out/SHA256SUMS"; }
 sed -e "s/@VERSION@/$version/" -e "s/@SHA256_X86_64@/$(sum x86_64-unknown-linux-musl)/" \
     -e "s/@SHA256_AARCH64@/$(sum aarch64-unknown-linux-musl)/" .github/gemrun.rb.in >"$out/gemrun.rb"
