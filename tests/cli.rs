@@ -503,6 +503,21 @@ fn settings() {
         let message = error(at_home(&["show", "demo"]).output().unwrap(), 5);
         assert!(message.contains("config.toml: ") && message.contains(expected), "{message}");
     }
+    // A conversation that goes on has settings of its own; what says how to compute holds for it, too.
+    std::fs::write(&file, "temp = 0.3\nthreads = 3\n").unwrap();
+    let before = at_home(&["run", "demo", "hi", "-n", "1", "--stats"]).output().unwrap();
+    assert!(before.status.success());
+    let help = ok(at_home(&["run", "--help"]).output().unwrap());
+    assert!(help.contains("[default: 0.3]") && help.contains("[default: 3]"), "{help}");
+    let continued = ok(at_home(&["run", "-C", "--help"]).output().unwrap());
+    assert!(continued.contains("[default: 3]"), "{continued}");
+
+    // Environment variables are settings as well, of the commands that look at them.
+    std::fs::write(&file, "hf_endpoint = \"nowhere\"\nchats_budget = \"many\"\n").unwrap();
+    let wrong = error(at_home(&["pull", "e2b"]).env_remove("HF_ENDPOINT").output().unwrap(), 2);
+    assert_eq!(wrong, "HF_ENDPOINT: nowhere: expected an address such as https://huggingface.co");
+    let wrong = error(at_home(&["pull", "e2b"]).env("HF_ENDPOINT", "elsewhere").output().unwrap(), 2);
+    assert!(wrong.starts_with("HF_ENDPOINT: elsewhere: "), "{wrong}");
     // What measures is not told by settings what to measure.
     std::fs::write(&file, "ctx = 64\nkv = \"int8\"\n").unwrap();
     let help = ok(at_home(&["eval", "ppl", "--help"]).output().unwrap());

@@ -36,8 +36,13 @@ pub struct Config {
 
 /// Options that say how to compute and never what: settings for every command.
 const EVERYWHERE: [&str; 5] = ["threads", "cores", "kernel", "mem-limit", "allow-paging"];
+/// The command whose threads are part of what it tests.
+const OWN_THREADS: &str = "selftest";
 /// Commands whose other options are settings, too.
 const COMMANDS: [&str; 2] = ["run", "pull"];
+/// Settings that are no options but environment variables.
+const VARIABLES: [(&str, &str); 3] =
+    [("hf_endpoint", "HF_ENDPOINT"), ("hf_token", "HF_TOKEN"), ("chats_budget", "GEMRUN_CHATS_BUDGET")];
 /// Options that only make sense when they are typed.
 const NEVER: [&str; 13] = [
     "help",
@@ -135,35 +140,52 @@ pub fn set(changes: &[(&str, &str)]) -> Result {
     Ok(file.finish()?)
 }
 
-/// `command` with the settings as defaults of its options.
-pub fn with_settings(command: Command) -> gemrun::Result<Command> {
+/// `command` with the settings as defaults of its options; for a conversation that goes on with its own settings, only those that
+/// say how to compute.
+pub fn with_settings(command: Command, goes_on: bool) -> gemrun::Result<Command> {
     let Some(path) = registry::config_file() else { return Ok(command) };
-    match read(&path)? {
-        Some((_, document)) => apply(command, &path, &document),
-        None => Ok(command),
+    let Some((_, mut document)) = read(&path)? else { return Ok(command) };
+    if goes_on {
+        document.retain(|key, _| EVERYWHERE.contains(&key.replace('_', "-").as_str()));
+    }
+    apply(command, &path, &document)
+}
+
+/// What an environment variable says or, if it is not set, the config file.
+pub fn variable(name: &str) -> Option<String> {
+    let set = std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    set.or_else(|| {
+        let (key, _) = VARIABLES.iter().find(|(_, variable)| *variable == name)?;
+        let (_, document) = read(&registry::config_file()?).ok()??;
+        text(document.get(key)?.as_value()?)
+    })
+}
+
+/// A setting as it would be typed.
+fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.value().clone()),
+        Value::Integer(number) => Some(number.value().to_string()),
+        Value::Float(number) => Some(number.value().to_string()),
+        Value::Boolean(flag) => Some(flag.value().to_string()),
+        Value::Datetime(_) | Value::Array(_) | Value::InlineTable(_) => None,
     }
 }
 
 fn apply(mut command: Command, path: &Path, document: &DocumentMut) -> gemrun::Result<Command> {
     for (key, item) in document.iter() {
         let invalid = |what: String| Error::invalid(format!("{}: {key}: {what}", path.display()));
-        let value = match item.as_value() {
-            Some(Value::String(text)) => text.value().clone(),
-            Some(Value::Integer(number)) => number.value().to_string(),
-            Some(Value::Float(number)) => number.value().to_string(),
-            Some(Value::Boolean(flag)) => flag.value().to_string(),
-            _ => return Err(invalid("expected a text, a number, true or false".into())),
+        let Some(value) = item.as_value().and_then(text) else {
+            return Err(invalid("expected a text, a number, true or false".into()));
         };
         let long = key.replace('_', "-");
-        let mut known = false;
+        let mut known = VARIABLES.iter().any(|(setting, _)| *setting == key);
         let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_string()).collect();
         for name in names {
-            let of_this = COMMANDS.contains(&name.as_str()) || EVERYWHERE.contains(&long.as_str());
-            if of_this && !NEVER.contains(&long.as_str()) {
-                let sub = command.find_subcommand_mut(&name);
-                if let Some(sub) = sub {
-                    known |= default_in(sub, &long, &value).map_err(invalid)?;
-                }
+            let everywhere = EVERYWHERE.contains(&long.as_str()) && name != OWN_THREADS;
+            let of_this = everywhere || COMMANDS.contains(&name.as_str()) && !NEVER.contains(&long.as_str());
+            if let Some(sub) = command.find_subcommand_mut(&name).filter(|_| of_this) {
+                known |= default_in(sub, &long, &value).map_err(invalid)?;
             }
         }
         if !known {

@@ -12,9 +12,10 @@ use gemrun::session::{Reply, Session};
 use gemrun::{Error, Result};
 
 use super::terminal::eprintln_quietly;
+use super::{config, open};
 
 /// Bytes all caches of conversations may take, where nothing else is said.
-const BUDGET: u64 = 2_000_000_000;
+const BUDGET: u64 = 2 << 30;
 
 /// Whether and where a conversation is kept.
 pub struct Keep {
@@ -229,38 +230,11 @@ pub fn tell(session: &mut Session) {
 
 /// `GEMRUN_CHATS_BUDGET`: bytes, or so many K, M, G of them.
 pub fn budget() -> Result<u64> {
-    match std::env::var("GEMRUN_CHATS_BUDGET") {
-        Ok(text) if !text.is_empty() => bytes(&text).ok_or_else(|| {
+    match config::variable("GEMRUN_CHATS_BUDGET") {
+        Some(text) => open::size(&text).map_err(|_| {
             let text = gemrun::error::printable(&text);
             Error::usage(format!("GEMRUN_CHATS_BUDGET: {text}: expected a number of bytes, such as 500M or 2G"))
         }),
         _ => Ok(BUDGET),
-    }
-}
-
-fn bytes(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let unit = match unit.trim_end_matches(['B', 'b']).to_ascii_uppercase().as_str() {
-        "" => 1,
-        "K" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        _ => return None,
-    };
-    number.parse::<u64>().ok()?.checked_mul(unit)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn budgets() {
-        assert_eq!(bytes("0"), Some(0));
-        assert_eq!(bytes("1234"), Some(1234));
-        assert_eq!((bytes("2G"), bytes("500 MB"), bytes("3k")), (Some(2_000_000_000), None, Some(3_000)));
-        assert_eq!((bytes("500MB"), bytes("-1"), bytes("1T"), bytes("G")), (Some(500_000_000), None, None, None));
-        assert_eq!(bytes("99999999999G"), None);
     }
 }

@@ -111,11 +111,12 @@ fn interrupted() -> anyhow::Error {
 
 /// Parses the arguments, runs the command, reports how it ended.
 pub fn main() -> ExitCode {
-    let (command, broken) = match config::with_settings(Cli::command()) {
-        Ok(command) => (command, None),
-        Err(error) => (Cli::command(), Some(error)),
+    let (matches, broken) = matches(false);
+    let (matches, broken) = match matches {
+        Ok(found) if found.subcommand_matches("run").is_some_and(run::Run::goes_on) => self::matches(true),
+        found => (found, broken),
     };
-    let end = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let end = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         // A broken config file stops everything but the command that mends it.
         Ok(cli) => match broken.filter(|_| !matches!(cli.command, Some(Command::Config(_)))) {
             Some(error) => Err(error.into()),
@@ -126,6 +127,14 @@ pub fn main() -> ExitCode {
         Err(usage) => Err(Error::usage(one_line(&usage.render().to_string())).into()),
     };
     end.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
+}
+
+/// The arguments beside the settings of the config file, and what is wrong with it, if anything is.
+fn matches(goes_on: bool) -> (std::result::Result<clap::ArgMatches, clap::Error>, Option<Error>) {
+    match config::with_settings(Cli::command(), goes_on) {
+        Ok(command) => (command.try_get_matches(), None),
+        Err(error) => (Cli::command().try_get_matches(), Some(error)),
+    }
 }
 
 /// Tells people what went wrong, in one line; the exit code of it.

@@ -121,7 +121,7 @@ pub struct Compute {
 }
 
 /// Bytes, in binary units: `3G`, `1.5GiB`, `800M`.
-fn size(text: &str) -> std::result::Result<u64, String> {
+pub fn size(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text[digits.len()..].to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
         "" => Some(1.0),
@@ -452,4 +452,21 @@ fn parts(gguf: &Gguf, packed: Option<&Packed>, numerics: &Numerics) -> Result<(M
     });
     // Of two errors the one about the model says more.
     Ok((model?, tokenizer?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let right =
+            [("0", 0), ("1234", 1234), ("3k", 3 << 10), ("500MB", 500 << 20), ("1.5GiB", 3 << 29), ("2G", 2 << 30)];
+        right.iter().for_each(|(text, bytes)| assert_eq!(size(text), Ok(*bytes), "{text}"));
+        for wrong in ["", "G", "-1", "1T", "500 MB", "1e400", "NaN", "infG"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(size("99999999999G"), Ok(u64::MAX), "more than there is of anything");
+        assert_eq!([gib(300 << 20), gib(3 << 29)], ["300 MiB", "1.5 GiB"]);
+    }
 }

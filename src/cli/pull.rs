@@ -21,7 +21,7 @@ use super::open::Compute;
 use super::progress::Shown;
 use super::run::interrupt_flag;
 use super::terminal::eprintln_quietly;
-use super::{Result, interrupted, open, pack};
+use super::{Result, config, interrupted, open, pack};
 
 /// Download a model, or go on where a download stopped, or put right what was damaged since
 #[derive(Args)]
@@ -217,7 +217,7 @@ impl Puller<'_> {
                 return Ok(found.file_name().unwrap_or_default().to_string_lossy().into_owned());
             }
         }
-        let network = Network::from_environment()?;
+        let network = Network::new(config::variable)?;
         let files = download::models(&network, reference, &mut |_| go_on(self.interrupt))?;
         match files.as_slice() {
             [file] => Ok(file.clone()),
@@ -242,7 +242,7 @@ impl Puller<'_> {
                 format!("{model}: not in the store, or not known to be whole: expected it there with --offline");
             return Err(Error::new(Kind::NotFound, error).into());
         }
-        let network = Network::from_environment()?;
+        let network = Network::new(config::variable)?;
         let size = remote.bytes.map(|bytes| format!(", {:.2} GB", bytes as f64 / 1e9)).unwrap_or_default();
         let host = network.endpoint.split_once("://").map_or(network.endpoint.as_str(), |(_, host)| host);
         eprintln_quietly(format_args!("{file}{size}, {} of {}", printable(&remote.repo), printable(host)));

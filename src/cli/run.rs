@@ -133,6 +133,11 @@ enum OnOverflow {
 }
 
 impl Run {
+    /// Whether a conversation is continued.
+    pub fn goes_on(arguments: &clap::ArgMatches) -> bool {
+        arguments.value_source("resume").is_some()
+    }
+
     pub fn run(self) -> Result {
         let start = Instant::now();
         let asked = self.asked()?;

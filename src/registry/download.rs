@@ -50,12 +50,11 @@ pub struct Network {
 }
 
 impl Network {
-    /// As `HF_ENDPOINT`, `HF_TOKEN` and `SSL_CERT_FILE` say.
+    /// As `HF_ENDPOINT`, `HF_TOKEN` and `SSL_CERT_FILE` say, which are looked up with `variable`.
     ///
     /// # Errors
     /// [`Kind::Usage`] if they cannot be what they should; those of [`Authorities::read`].
-    pub fn from_environment() -> Result<Network> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    pub fn new(variable: impl Fn(&str) -> Option<String>) -> Result<Network> {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
         let endpoint = endpoint.trim().trim_end_matches('/').to_string();
         if !endpoint.starts_with("https://") && !endpoint.starts_with("http://") {
