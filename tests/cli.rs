@@ -217,7 +217,7 @@ fn stats_are_one_line_of_json() {
     for key in ["prompt_tokens", "reused_tokens", "generated_tokens", "tok_s", "peak_rss_bytes", "model", "kernels"] {
         assert!(!stats[key].is_null(), "{key}: {stats}");
     }
-    let parts = ["map", "load", "tokenize", "prefill", "first_token", "decode", "total"];
+    let parts = ["map", "load", "restore", "tokenize", "prefill", "first_token", "decode", "total"];
     assert_eq!(keys(&stats["seconds"]), parts);
     assert!(stats["seconds"]["total"].as_f64().unwrap() >= stats["seconds"]["first_token"].as_f64().unwrap());
 }
