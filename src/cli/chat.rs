@@ -135,7 +135,9 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
             Line::Undo => match talk.session.undo() {
                 Some(message) => {
                     talk.keep.add(Entry { undo: Some(1), ..Entry::now() });
-                    say(&format!("Taken back: {}", first_words(&message)));
+                    // Notes and documents stand before what was typed.
+                    let typed = message.rsplit("\n\n").next().unwrap_or_default();
+                    say(&format!("Taken back: {}", first_words(typed)));
                 }
                 None => say("There is nothing to take back."),
             },

@@ -98,7 +98,7 @@ fn line(reply: &Reply, around: &Around) -> String {
     }
     parts.extend(around.heat.clone().map(|heat| (3, heat)));
     if around.faults >= MANY_FAULTS * (usage.generated as u64).max(1) {
-        parts.push((0, format!("waited for the disk {} times: memory is short", around.faults)));
+        parts.push((0, format!("waited for the disk {} times", around.faults)));
     }
     match reply.end {
         End::Stop => {}
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(at(60), "[ 42 tok, 31.5 tok/s | first token 0.21 s ]");
         assert_eq!(at(10), "[ 42 tok, 31.5 tok/s ]");
         let thrashing = Around { faults: 900, ..board() };
-        assert!(line(&reply(), &thrashing).contains("| waited for the disk 900 times: memory is short"));
+        assert!(line(&reply(), &thrashing).contains("| waited for the disk 900 times"));
     }
 
     #[test]
