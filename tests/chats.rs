@@ -362,6 +362,25 @@ fn what_is_remembered_recalled_and_read() {
 }
 
 /// The context is too small for the conversation: it says so and goes on, or stops, as asked.
+/// What a message began with does not go with the message.
+#[test]
+fn notes_survive_undo() {
+    let home = tempfile::tempdir().unwrap();
+    let Some(mut terminal) = Terminal::chat(home.path(), EXACT) else { return };
+    terminal.ask("/remember I live in a lighthouse", "Remembered");
+    terminal.ask("Who are you?", "tok");
+    terminal.ask("/undo", "Taken back: Who are you?");
+    terminal.ask("What is gemrun?", "tok");
+    terminal.ask("/undo", "Taken back: What is gemrun?");
+    terminal.ask("What is a GGUF file?", "tok");
+    terminal.press("/exit\r");
+    terminal.wait_for("Saved as ");
+    assert_eq!(terminal.end(), 0);
+    let chat = fs::read_dir(home.path().join("chats")).unwrap().next().unwrap().unwrap().path();
+    let transcript = fs::read_to_string(chat.join("transcript.jsonl")).unwrap();
+    assert_eq!(transcript.matches("I live in a lighthouse").count(), 3, "{transcript}");
+}
+
 #[test]
 fn a_full_context_is_seen() {
     let home = tempfile::tempdir().unwrap();

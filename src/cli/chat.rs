@@ -135,9 +135,11 @@ pub fn chat(talk: &mut Talk, name: &str) -> Result {
             Line::Undo => match talk.session.undo() {
                 Some(message) => {
                     talk.keep.add(Entry { undo: Some(1), ..Entry::now() });
-                    // Notes and documents stand before what was typed.
-                    let typed = message.rsplit("\n\n").next().unwrap_or_default();
+                    // What the message began with goes before the next one; what was typed is what was taken back.
+                    let notes = std::mem::take(&mut talk.sent);
+                    let typed = message.strip_prefix(&with_notes(&notes, "")).unwrap_or(&message);
                     say(&format!("Taken back: {}", first_words(typed)));
+                    talk.notes.splice(0..0, notes);
                 }
                 None => say("There is nothing to take back."),
             },
@@ -272,7 +274,9 @@ fn answer(talk: &mut Talk, style: Style, ask: Ask) -> Result {
                 eprintln_quietly(format_args!("note: {error}"));
             }
             if reply.answered() {
-                talk.notes.clear();
+                let earlier = if matches!(ask, Ask::New(_)) { Vec::new() } else { std::mem::take(&mut talk.sent) };
+                talk.sent = std::mem::take(&mut talk.notes);
+                talk.sent.extend(earlier);
             }
             Some(before.line(talk, reply))
         }

@@ -240,6 +240,7 @@ impl Run {
             keep,
             memory: !self.no_memory,
             notes: document.into_iter().collect(),
+            sent: Vec::new(),
         };
         let result = match prompt {
             Some(prompt) => once(&mut talk, prompt, self.raw),
@@ -367,6 +368,8 @@ pub struct Talk<'m> {
     pub memory: bool,
     /// What the next message begins with: documents, facts, excerpts.
     pub notes: Vec<String>,
+    /// What the last message began with.
+    pub sent: Vec<String>,
 }
 
 impl Talk<'_> {
@@ -374,6 +377,7 @@ impl Talk<'_> {
     pub fn begin_anew(&mut self) {
         self.session.clear();
         self.notes.clear();
+        self.sent.clear();
         self.keep.end(&mut self.session);
         let home = registry::home().filter(|_| self.memory);
         let facts = home.and_then(|home| facts::read(&home).ok()).unwrap_or_default();
