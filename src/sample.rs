@@ -10,13 +10,15 @@
 use std::collections::HashSet;
 use std::hash::{BuildHasher, Hasher};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Result};
 
 /// The repetition penalty looks at this many of the newest tokens, prompt included.
 pub const PENALTY_WINDOW: usize = 64;
 
 /// What a user can set about sampling.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// Logits are divided by it before the draw; 0 takes the likeliest token and draws nothing.
     pub temperature: f32,

@@ -11,28 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use common::bytes::{flip, noise, sha256};
 use common::hub::{Fault, Hub};
 use gemrun::registry::Remote;
 use gemrun::registry::download::{Authorities, Event, Network, Outcome, fetch};
 use gemrun::registry::store::{self, Record, SPAN, Verdict};
 use gemrun::{Error, Kind};
-use sha2::{Digest, Sha256};
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Bytes that repeat nowhere, from a counter.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let words = (0..len.div_ceil(8)).flat_map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.take(len).collect()
-}
 
 /// A hub, a place for its file, and what is known of the file.
 struct Setting {
@@ -296,16 +280,6 @@ fn a_part_is_continued_where_it_ended() {
     setting.hub.sent();
     setting.fetch(&bytes).unwrap();
     assert_eq!(setting.hub.sent(), 40_000_000 - span);
-}
-
-/// Damages one byte.
-fn flip(path: &Path, at: u64) {
-    use std::io::{Read, Seek, SeekFrom, Write};
-    let mut file = fs::File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut byte)).unwrap();
-    byte[0] ^= 0x10;
-    file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&byte)).unwrap();
 }
 
 #[test]

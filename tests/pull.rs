@@ -13,16 +13,12 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::bytes::{flip, noise, sha256};
 use common::hub::{Fault, Hub};
 use gemrun::registry::DEMO;
 use gemrun::registry::store::SPAN;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use terminal::Terminal;
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// A hub, and a store whose table knows its file as `mine`.
 struct Setting {
@@ -105,17 +101,6 @@ fn text(output: &Output) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let words = (0..len.div_ceil(8)).flat_map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.take(len).collect()
-}
-
 fn below(folder: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -175,15 +160,6 @@ fn the_life_of_a_model() {
     assert!(removed.contains("x.gguf\n") && removed.contains("packed/"), "{removed}");
     assert_eq!(below(setting.home.path()), ["models.toml", "packed/lock"].map(String::from).into());
     assert!(setting.error(&["rm", "mine"], 3).starts_with("mine: nothing of it is in"));
-}
-
-fn flip(path: &Path, at: u64) {
-    use std::io::{Read, Seek, SeekFrom, Write};
-    let mut file = fs::File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut byte)).unwrap();
-    byte[0] ^= 0x10;
-    file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&byte)).unwrap();
 }
 
 #[test]
@@ -289,7 +265,7 @@ fn through_a_stick_to_a_computer_without_network() {
 
 #[test]
 fn what_the_environment_says() {
-    let setting = Setting::new(noise(1000));
+    let setting = Setting::new(noise(1000, 1));
     let with = |variables: &[(&str, &str)]| {
         let mut command = setting.gemrun(&["pull", "mine", "--no-pack"]);
         command.envs(variables.iter().copied());
@@ -323,8 +299,8 @@ fn what_the_environment_says() {
 
 #[test]
 fn an_earlier_upload() {
-    let mut setting = Setting::new(noise(200_000));
-    let old = std::mem::replace(&mut setting.bytes, noise(300_000));
+    let mut setting = Setting::new(noise(200_000, 1));
+    let old = std::mem::replace(&mut setting.bytes, noise(300_000, 1));
     let table = setting.home.path().join("models.toml");
     setting.ok(&["pull", "mine", "--no-pack"]);
     let text = fs::read_to_string(&table).unwrap().replace(&sha256(&old), &sha256(&setting.bytes));
@@ -404,10 +380,10 @@ fn ended(child: &Arc<Mutex<Child>>) -> std::process::ExitStatus {
 #[test]
 fn killed_at_random_points() {
     let kills: u64 = std::env::var("GEMRUN_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
-    let setting = Setting::new(noise(40_000_000));
+    let setting = Setting::new(noise(40_000_000, 1));
     setting.hub.pace(500);
     let size = setting.bytes.len() as u64;
-    let chance = noise(8 * kills as usize);
+    let chance = noise(8 * kills as usize, 1);
     let (mut sent, mut worst, mut killed, mut resumed) = (0, 0, 0, 0);
     for i in 0..kills {
         setting.empty_store();
@@ -436,7 +412,7 @@ fn killed_at_random_points() {
 
 #[test]
 fn one_of_two_pulls_waits() {
-    let setting = Setting::new(noise(20_000_000));
+    let setting = Setting::new(noise(20_000_000, 1));
     // The first one gets no further until the second one waits for it.
     let (go, wait) = std::sync::mpsc::channel();
     setting.hub.when_sent(5_000_000, move || {
@@ -463,7 +439,7 @@ fn one_of_two_pulls_waits() {
 
 #[test]
 fn a_damaged_file_is_repaired_by_the_span() {
-    let setting = Setting::new(noise(50_000_000));
+    let setting = Setting::new(noise(50_000_000, 1));
     setting.ok(&["pull", "mine", "--no-pack"]);
     setting.hub.sent();
     flip(&setting.file(), 20_000_000);
@@ -477,7 +453,7 @@ fn a_damaged_file_is_repaired_by_the_span() {
 
 #[test]
 fn ctrl_c_keeps_what_is_there() {
-    let setting = Setting::new(noise(8_000_000));
+    let setting = Setting::new(noise(8_000_000, 1));
     setting.hub.faults([Fault::Stall(3_000_000)]);
     let child = setting.gemrun(&["pull", "mine"]).spawn().unwrap();
     let begun = Instant::now();
@@ -519,7 +495,7 @@ fn in_namespace(setting: &Setting, flags: &str, script: &str) -> Option<Output> 
 /// A disk of a few megabytes that exists for the test alone.
 #[test]
 fn on_a_full_disk() {
-    let setting = Setting::new(noise(8_000_000));
+    let setting = Setting::new(noise(8_000_000, 1));
     let mark = setting.home.path().with_extension("filled");
     let told = mark.clone();
     let wait = move || {

@@ -25,6 +25,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::sample::Sampling;
 use crate::{Error, Result};
 
 const VERSION: u32 = 1;
@@ -60,18 +61,9 @@ pub struct Settings {
     pub context: usize,
     /// How keys and values are stored.
     pub kv: String,
-    /// Temperature.
-    pub temperature: f32,
-    /// Top-k.
-    pub top_k: usize,
-    /// Top-p.
-    pub top_p: f32,
-    /// Min-p.
-    pub min_p: f32,
-    /// Repetition penalty.
-    pub repeat_penalty: f32,
-    /// Seed of the random choices.
-    pub seed: u64,
+    /// How tokens are chosen.
+    #[serde(flatten)]
+    pub sampling: Sampling,
     /// Whether the model thinks.
     pub think: bool,
     /// The system prompt as the user gave it.
@@ -176,7 +168,7 @@ impl Chat {
             begun: false,
             system: settings.and_then(|settings| settings.system.clone()),
             think: settings.is_some_and(|settings| settings.think),
-            seed: settings.map(|settings| settings.seed),
+            seed: settings.map(|settings| settings.sampling.seed),
             left_out: 0,
             summary: None,
             damaged: Vec::new(),
@@ -401,12 +393,7 @@ mod tests {
         let settings = Settings {
             context: 8192,
             kv: "f16".into(),
-            temperature: 1.0,
-            top_k: 64,
-            top_p: 0.95,
-            min_p: 0.0,
-            repeat_penalty: 1.0,
-            seed: 7,
+            sampling: Sampling { seed: 7, ..Sampling::default() },
             think: false,
             system: None,
             facts: vec![],

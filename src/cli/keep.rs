@@ -181,16 +181,10 @@ impl Keep {
     /// How `session` is run.
     fn settings(&self, session: &Session) -> Settings {
         let options = session.options();
-        let sampling = &options.sampling;
         Settings {
             context: options.context,
             kv: options.kv.name().into(),
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            repeat_penalty: sampling.repeat_penalty,
-            seed: sampling.seed,
+            sampling: options.sampling,
             think: options.think,
             system: self.system.clone(),
             facts: self.facts.clone(),

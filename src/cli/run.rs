@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use gemrun::Error;
-use gemrun::chats::transcript::Settings;
 use gemrun::chats::{Chats, Opened, is_name};
 use gemrun::facts;
 use gemrun::kv::KvType;
@@ -173,7 +172,7 @@ impl Run {
         let context = context.unwrap_or_else(|| self.compute.context(&loaded, kv, batch));
         self.compute.check_fit(&loaded, kv, context.min(loaded.model.config.context), batch)?;
         let usual = match before {
-            Some(before) => sampling_of(before),
+            Some(before) => before.sampling,
             None => Sampling { seed: random_seed(), ..session::recommended(&loaded.gguf)? },
         };
         let sampling = self.sampling(usual);
@@ -330,12 +329,6 @@ struct Asked {
     prompt: Option<String>,
     /// The conversation to continue and its name.
     opened: Option<(String, Opened)>,
-}
-
-/// How tokens were chosen.
-fn sampling_of(settings: &Settings) -> Sampling {
-    let Settings { temperature, top_k, top_p, min_p, repeat_penalty, seed, .. } = *settings;
-    Sampling { temperature, top_k, top_p, min_p, repeat_penalty, seed }
 }
 
 /// A model argument as it means the same in any folder.

@@ -3,6 +3,7 @@
 // Each test program uses its own part of this module.
 #![allow(dead_code)]
 
+pub mod bytes;
 pub mod checkpoint;
 pub mod damage;
 pub mod examine;
