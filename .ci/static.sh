@@ -7,9 +7,7 @@
 
 static_binary() {
     local linker=CARGO_TARGET_${1^^}_LINKER
-    # ring, which encrypts downloads, is C and assembly without a C library: the compiler of this machine will do for its own architecture.
-    CC_x86_64_unknown_linux_musl=${CC_x86_64_unknown_linux_musl:-cc} \
-        env "${linker//-/_}=rust-lld" cargo build --release --locked --target "$1"
+    env "${linker//-/_}=rust-lld" cargo build --release --locked --target "$1"
     STATIC=target/$1/release/gemrun
     # An interpreter or a needed library would make it depend on the machine.
     if readelf -ld "$STATIC" | grep -E 'INTERP|NEEDED'; then

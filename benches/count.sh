@@ -40,7 +40,7 @@ fi
 runs=("neon 1" "neon_dot 1" "neon 64" "neon_dot 64" "neon_i8mm 64")
 printf '| |'; printf ' %s |' "${runs[@]}"; echo
 printf '|---|'; printf '%s' "${runs[@]/*/---|}"; echo
-for format in ${FORMATS:-q4_0x8 q4_0 w2cx8 w2c w4cx8 w4c w8cx8 w8c q8_0x8 q8_0 q6_kx8 q6_k q4_kx8 q4_k}; do
+for format in ${FORMATS:-q4_0x8 q4_0 w2c w4c w8c q8_0x8 q8_0 q6_kx8 q6_k q4_kx8 q4_k}; do
     printf '| %s |' "$format"
     for run in "${runs[@]}"; do
         read -r isa tokens <<<"$run"

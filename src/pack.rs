@@ -383,7 +383,8 @@ pub fn write(store: &Path, source: &Gguf, names: &[(String, Format)], progress: 
     let mut matrices: Vec<(&Tensor, Format)> = found.filter(|(tensor, _)| interleaves(tensor)).collect();
     matrices.sort_by_key(|(tensor, _)| tensor.offset);
     if matrices.is_empty() {
-        let error = format!("{}: nothing to pack: no matrix has a format with an interleaved order", source.name());
+        let error =
+            format!("{}: nothing to pack: all its matrices are read best as they lie in the file", source.name());
         return Err(Error::unsupported(error));
     }
 

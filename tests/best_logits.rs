@@ -12,25 +12,18 @@ use gemrun_simd::Format;
 const ROWS: usize = 16384;
 const COLS: usize = 512;
 
-/// A head of random two-bit weights whose input is not to be rounded, in one of its two orders of bytes.
-fn head(rng: &mut Rng, numerics: &Numerics, packed: bool) -> Weight {
+/// A head of random two-bit weights whose input is not to be rounded.
+fn head(rng: &mut Rng, numerics: &Numerics) -> Weight {
     let format = Format::W2C;
     let row_bytes = format.row_bytes(COLS).unwrap();
-    let plain: Vec<u8> = (0..ROWS * row_bytes).map(|_| rng.next() as u8).collect();
-    let mut interleaved = plain.clone();
-    for (from, to) in plain.chunks_exact(8 * row_bytes).zip(interleaved.chunks_exact_mut(8 * row_bytes)) {
-        format.interleave(from, to);
-    }
     let mut writer = Writer::new();
-    for (name, bytes) in [("plain", &plain), ("interleaved", &interleaved)] {
-        writer.tensor(name, 24, &[row_bytes as u64, ROWS as u64], bytes.clone());
-    }
+    let bytes: Vec<u8> = (0..ROWS * row_bytes).map(|_| rng.next() as u8).collect();
+    writer.tensor("head", 24, &[row_bytes as u64, ROWS as u64], bytes);
     let gguf = Gguf::from_bytes("head", writer.to_vec().unwrap()).unwrap();
-    let bytes = |name| gguf.bytes(gguf.tensor(name).unwrap());
     let stored = Stored {
         format,
-        bytes: bytes("plain"),
-        packed: packed.then(|| bytes("interleaved")),
+        bytes: gguf.bytes(gguf.tensor("head").unwrap()),
+        packed: None,
         rows: ROWS,
         cols: COLS,
         row_scale: (0..ROWS).map(|_| 0.01 + rng.next() as f32 / u64::MAX as f32 * 0.01).collect(),
@@ -44,29 +37,27 @@ fn the_best_are_what_they_are_among_all() {
     let mut rng = Rng(7);
     let numerics = Numerics::default();
     let ops = numerics.ops();
-    for packed in [false, true] {
-        let weight = head(&mut rng, &numerics, packed);
-        for threads in [1, 3] {
-            let mut team = Team::new(threads).unwrap();
-            let x: Vec<f32> = (0..COLS).map(|_| rng.next() as f32 / u64::MAX as f32 - 0.5).collect();
-            let (mut all, mut some) = (vec![0.0; ROWS], vec![0.0; ROWS]);
-            for best in [1, 7, 60] {
-                team.enter(|team| {
-                    let mut bufs = ActsBufs::default();
-                    let [x] = acts(ops, team, &mut bufs, &x, [&weight]);
-                    multiply(ops, team, [(x, &weight, &mut all)]);
-                    multiply_best(ops, team, (x, &weight, &mut some), best, &mut Vec::new());
-                });
-                let mut order: Vec<usize> = (0..ROWS).collect();
-                order.sort_by(|&a, &b| all[b].total_cmp(&all[a]));
-                for &row in &order[..best] {
-                    assert_eq!(some[row].to_bits(), all[row].to_bits(), "row {row}, best {best}, packed {packed}");
-                }
-                assert!(some.iter().zip(&all).all(|(some, all)| some == all || *some == f32::MIN));
-                let computed = some.iter().filter(|&&y| y != f32::MIN).count();
-                println!("best {best}, packed {packed}: {computed} of {ROWS} computed in full");
-                assert!(computed < ROWS / 2, "{computed}");
+    let weight = head(&mut rng, &numerics);
+    for threads in [1, 3] {
+        let mut team = Team::new(threads).unwrap();
+        let x: Vec<f32> = (0..COLS).map(|_| rng.next() as f32 / u64::MAX as f32 - 0.5).collect();
+        let (mut all, mut some) = (vec![0.0; ROWS], vec![0.0; ROWS]);
+        for best in [1, 7, 60] {
+            team.enter(|team| {
+                let mut bufs = ActsBufs::default();
+                let [x] = acts(ops, team, &mut bufs, &x, [&weight]);
+                multiply(ops, team, [(x, &weight, &mut all)]);
+                multiply_best(ops, team, (x, &weight, &mut some), best, &mut Vec::new());
+            });
+            let mut order: Vec<usize> = (0..ROWS).collect();
+            order.sort_by(|&a, &b| all[b].total_cmp(&all[a]));
+            for &row in &order[..best] {
+                assert_eq!(some[row].to_bits(), all[row].to_bits(), "row {row}, best {best}");
             }
+            assert!(some.iter().zip(&all).all(|(some, all)| some == all || *some == f32::MIN));
+            let computed = some.iter().filter(|&&y| y != f32::MIN).count();
+            println!("best {best}: {computed} of {ROWS} computed in full");
+            assert!(computed < ROWS / 2, "{computed}");
         }
     }
 }
@@ -75,7 +66,7 @@ fn the_best_are_what_they_are_among_all() {
 #[test]
 fn what_is_not_finite_stays_so() {
     let numerics = Numerics::default();
-    let weight = head(&mut Rng(8), &numerics, false);
+    let weight = head(&mut Rng(8), &numerics);
     let team = Team::new(1).unwrap();
     let mut x = vec![0.5; COLS];
     x[100] = f32::INFINITY;

@@ -655,7 +655,7 @@ fn the_command_refuses_what_it_cannot_pack() {
     assert_eq!(error(&["pack", "demo"], 6), "demo: part of the program: expected a file to pack");
     assert_eq!(
         error(&["pack", "model.gguf"], 6),
-        "model.gguf: nothing to pack: no matrix has a format with an interleaved order"
+        "model.gguf: nothing to pack: all its matrices are read best as they lie in the file"
     );
     assert_eq!(error(&["pack", "missing.gguf"], 3), "missing.gguf: no such file or directory");
     assert_eq!(

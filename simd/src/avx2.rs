@@ -6,6 +6,7 @@
 //! allows. Signed weights go as |w| with the activation carrying the sign: |w| ≤ 128 and |a| ≤ 127 give at most 32 512.
 //! That fails for a = −128, so where activations may be that ([`Range::Full`]) even and odd bytes are widened first.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
@@ -13,7 +14,7 @@ use crate::Isa;
 use crate::format::Block;
 use crate::unpack::EightRows;
 use crate::vec::LANES;
-use crate::wide::{self, Eight, Product, Range, Simd, proven, unrolled};
+use crate::wide::{self, Eight, Product, Range, Simd, proven};
 
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
@@ -26,17 +27,14 @@ pub(crate) trait Dot: Copy {
     fn dot16(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i;
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i;
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
-    /// [`Simd::crumbs`]: fields 0 and 2 to `acc[0]`, four times fields 1 and 3 to `acc[1]`.
-    fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3];
-    /// The same of `N` groups.
-    #[inline(always)]
-    fn crumbs_of<const N: usize>(acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
-        let mut acc = acc;
-        unrolled!(g < N, {
-            acc = Self::crumbs(acc, w[g], a[g]);
-        });
-        acc
-    }
+    /// [`Simd::NARROW`].
+    const NARROW: bool = false;
+    /// [`Simd::crumbs`]: fields 0 and 2 to `sums[0]`, four times fields 1 and 3 to `sums[1]`.
+    fn crumbs(sums: [__m256i; 2], w: __m256i, a: [__m256i; 4]) -> [__m256i; 2];
+    /// [`Simd::nibbles`], to `sums[0]`.
+    fn nibbles(sums: [__m256i; 2], w: __m256i, a: [__m256i; 2]) -> [__m256i; 2];
+    /// [`Simd::widen`] of those.
+    fn widen(total: __m256i, sums: [__m256i; 2], bits: usize) -> __m256i;
     /// The products of 32 weights with 32 activations, four added in each lane.
     fn dot(w: __m256i, a: __m256i, range: Range) -> __m256i;
     fn nibbles_across(rows: [&[u8; 16]; 8], a: &[i8; 32]) -> __m256i;
@@ -50,11 +48,13 @@ impl<D: Dot> Simd for Ymm<D> {
     type B = __m256i;
     type I = __m256i;
     type F = __m256;
+    type Sums = [__m256i; 2];
     type Eight = Self;
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
     const ANEW: bool = D::ANEW;
+    const NARROW: bool = D::NARROW;
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]
@@ -187,6 +187,11 @@ impl<D: Dot> Simd for Ymm<D> {
     }
 
     #[inline(always)]
+    fn first(self, v: __m256) -> __m256 {
+        proven!(before_the_rest(v))
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         proven!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
     }
@@ -204,16 +209,43 @@ impl<D: Dot> Simd for Ymm<D> {
         D::dot16_scaled(acc, w, a, range, scale)
     }
     #[inline(always)]
-    fn crumbs(self, acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
-        D::crumbs(acc, w, a)
+    fn along(self, a: &[i8; 32]) -> __m256i {
+        load_i8(a)
     }
     #[inline(always)]
-    fn crumbs_of<const N: usize>(self, acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
-        D::crumbs_of(acc, w, a)
+    fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> __m256i {
+        let load = |half: &[u8; 16]| proven!(_mm_loadu_si128(half.as_ptr().cast()));
+        proven!(_mm256_set_m128i(load(groups[0][1]), load(groups[0][0])))
     }
     #[inline(always)]
-    fn total(self, acc: [__m256i; 3], bits: usize) -> __m256i {
-        proven!(if bits == 2 { _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1])) } else { acc[0] })
+    fn no_sums(self) -> [__m256i; 2] {
+        proven!([_mm256_setzero_si256(); 2])
+    }
+    #[inline(always)]
+    fn crumbs(self, sums: [__m256i; 2], w: __m256i, a: [__m256i; 4]) -> [__m256i; 2] {
+        D::crumbs(sums, w, a)
+    }
+    #[inline(always)]
+    fn nibbles(self, sums: [__m256i; 2], w: __m256i, a: [__m256i; 2]) -> [__m256i; 2] {
+        D::nibbles(sums, w, a)
+    }
+    #[inline(always)]
+    fn bytes(self, sums: [__m256i; 2], w: __m256i, a: __m256i) -> [__m256i; 2] {
+        [self.add(sums[0], D::dot(w, a, Range::Full)), sums[1]]
+    }
+    #[inline(always)]
+    fn widen(self, total: __m256i, sums: [__m256i; 2], bits: usize) -> __m256i {
+        if bits == 8 { self.add(total, sums[0]) } else { D::widen(total, sums, bits) }
+    }
+    #[inline(always)]
+    fn across_lanes(self, totals: [__m256i; 4]) -> [i32; 8] {
+        let mut sums = [0; 8];
+        proven!({
+            let halves = add_across(totals);
+            let sum = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+            _mm_storeu_si128(sums.as_mut_ptr().cast(), sum);
+        });
+        sums
     }
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m256i {
@@ -387,6 +419,31 @@ fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
     })
 }
 
+/// `v`, computed before what follows: left to itself, the compiler keeps more products waiting to be added than there are
+/// registers.
+#[inline]
+#[target_feature(enable = "avx")]
+fn now(v: __m256i) -> __m256i {
+    let mut v = v;
+    if cfg!(not(miri)) {
+        // SAFETY: no instruction at all.
+        unsafe { asm!("/* {0} */", inlateout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    }
+    v
+}
+
+/// `v`, computed before anything else is read.
+#[inline]
+#[target_feature(enable = "avx")]
+fn before_the_rest(v: __m256) -> __m256 {
+    let mut v = v;
+    if cfg!(not(miri)) {
+        // SAFETY: no instruction at all.
+        unsafe { asm!("/* {0} */", inlateout(ymm_reg) v, options(nostack, preserves_flags)) };
+    }
+    v
+}
+
 /// Dot products by `maddubs`.
 #[derive(Clone, Copy)]
 pub(crate) struct Maddubs;
@@ -446,6 +503,7 @@ fn even(v: __m256i) -> __m256i {
 
 impl Dot for Maddubs {
     const ISA: Isa = Isa::Avx2;
+    const NARROW: bool = true;
     const SIGNED_BIAS: i32 = 0;
 
     #[inline(always)]
@@ -488,40 +546,37 @@ impl Dot for Maddubs {
         proven!(fold(acc, w, a, range, _mm256_blend_epi16::<0xaa>(scale, _mm256_slli_epi32::<16>(scale))))
     }
 
+    /// Fields 1 and 3 stay four times too large: a shift less for each. A lane takes four products of 32 bytes to each sum, at
+    /// most 3·128 or 12·128: of four times 32 bytes, at most 24 576.
     #[inline(always)]
-    fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
-        Self::crumbs_of(acc, [w], [a])
-    }
-
-    /// Fields 1 and 3 stay four times too large, in sums of their own: a shift less for each.
-    #[inline(always)]
-    fn crumbs_of<const N: usize>(acc: [__m256i; 3], w: [[__m256i; 2]; N], a: [&[i8; 32]; N]) -> [__m256i; 3] {
+    fn crumbs(sums: [__m256i; 2], w: __m256i, a: [__m256i; 4]) -> [__m256i; 2] {
         proven!({
-            let (low, high, one) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12), _mm256_set1_epi16(1));
-            let [mut total, mut total_four, rest] = acc;
-            // A lane takes eight products of a group, each at most 3·128: 16 bits hold eight groups, of four times those two.
-            let mut once = _mm256_setzero_si256();
-            let mut four_times = once;
-            unrolled!(g < N, {
-                if g % 2 == 0 {
-                    four_times = _mm256_setzero_si256();
-                }
-                let (first, second) = wide::halves(a[g]);
-                for (w, a) in w[g].into_iter().zip([first, second]) {
-                    let upper = _mm256_srli_epi16::<4>(w);
-                    let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), every(four(a, 0)));
-                    let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, low), every(four(a, 2)));
-                    once = _mm256_add_epi16(once, _mm256_add_epi16(p, q));
-                    let p = _mm256_maddubs_epi16(_mm256_and_si256(w, high), every(four(a, 1)));
-                    let q = _mm256_maddubs_epi16(_mm256_and_si256(upper, high), every(four(a, 3)));
-                    four_times = _mm256_add_epi16(four_times, _mm256_add_epi16(p, q));
-                }
-                if g % 2 == 1 || g + 1 == N {
-                    total_four = _mm256_add_epi32(total_four, _mm256_madd_epi16(four_times, one));
-                }
-            });
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(once, one));
-            [total, total_four, rest]
+            let (low, high) = (now(_mm256_set1_epi8(3)), now(_mm256_set1_epi8(12)));
+            let once = now(_mm256_add_epi16(sums[0], _mm256_maddubs_epi16(_mm256_and_si256(w, low), a[0])));
+            let four_times = now(_mm256_add_epi16(sums[1], _mm256_maddubs_epi16(_mm256_and_si256(w, high), a[1])));
+            let upper = now(_mm256_srli_epi16::<4>(w));
+            [
+                now(_mm256_add_epi16(once, _mm256_maddubs_epi16(_mm256_and_si256(upper, low), a[2]))),
+                now(_mm256_add_epi16(four_times, _mm256_maddubs_epi16(_mm256_and_si256(upper, high), a[3]))),
+            ]
+        })
+    }
+    /// A lane takes four products of 32 bytes, at most 15·128: of four times 32 bytes, at most 30 720.
+    #[inline(always)]
+    fn nibbles(sums: [__m256i; 2], w: __m256i, a: [__m256i; 2]) -> [__m256i; 2] {
+        proven!({
+            let low = _mm256_set1_epi8(15);
+            let p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), a[0]);
+            let q = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), low), a[1]);
+            [now(_mm256_add_epi16(sums[0], _mm256_add_epi16(p, q))), sums[1]]
+        })
+    }
+    #[inline(always)]
+    fn widen(total: __m256i, sums: [__m256i; 2], bits: usize) -> __m256i {
+        proven!({
+            let [once, four_times] = sums;
+            let sum = if bits == 2 { _mm256_add_epi16(once, _mm256_srai_epi16::<2>(four_times)) } else { once };
+            _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
         })
     }
 

@@ -56,6 +56,7 @@ impl Simd for Zmm {
     type B = __m512i;
     type I = __m512i;
     type F = __m512;
+    type Sums = [__m512i; 2];
     type Eight = Ymm<Evex>;
 
     const ISA: Isa = Isa::Avx512;
@@ -226,26 +227,60 @@ impl Simd for Zmm {
         acc
     }
 
-    /// Fields 1 and 3 stay four times too large, in a sum of their own: a shift less for each.
     #[inline(always)]
-    fn crumbs(self, acc: [__m512i; 3], w: [__m512i; 2], a: &[i8; 32]) -> [__m512i; 3] {
-        let [mut once, mut four_times, unused] = acc;
-        for (w, a) in w.into_iter().zip(a.as_chunks().0) {
-            proven!({
-                let every = |v| _mm512_set1_epi32(four(a, v));
-                let (low, high) = (_mm512_set1_epi8(3), _mm512_set1_epi8(12));
-                let upper = _mm512_srli_epi16::<4>(w);
-                once = _mm512_dpbusd_epi32(once, _mm512_and_si512(w, low), every(0));
-                four_times = _mm512_dpbusd_epi32(four_times, _mm512_and_si512(w, high), every(1));
-                once = _mm512_dpbusd_epi32(once, _mm512_and_si512(upper, low), every(2));
-                four_times = _mm512_dpbusd_epi32(four_times, _mm512_and_si512(upper, high), every(3));
-            });
-        }
-        [once, four_times, unused]
+    fn along(self, a: &[i8; 32]) -> __m512i {
+        proven!(_mm512_broadcast_i64x4(_mm256_loadu_si256(a.as_ptr().cast())))
     }
     #[inline(always)]
-    fn total(self, acc: [__m512i; 3], bits: usize) -> __m512i {
-        proven!(if bits == 2 { _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1])) } else { acc[0] })
+    fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> __m512i {
+        let load = |group| self.0.load_halves([group, group]);
+        both(load(groups[0]), load(groups[1]))
+    }
+    #[inline(always)]
+    fn no_sums(self) -> [__m512i; 2] {
+        proven!([_mm512_setzero_si512(); 2])
+    }
+    /// Fields 1 and 3 stay four times too large: a shift less for each.
+    #[inline(always)]
+    fn crumbs(self, sums: [__m512i; 2], w: __m512i, a: [__m512i; 4]) -> [__m512i; 2] {
+        proven!({
+            let (low, high) = (_mm512_set1_epi8(3), _mm512_set1_epi8(12));
+            let upper = _mm512_srli_epi16::<4>(w);
+            let once = _mm512_dpbusd_epi32(sums[0], _mm512_and_si512(w, low), a[0]);
+            let four_times = _mm512_dpbusd_epi32(sums[1], _mm512_and_si512(w, high), a[1]);
+            [
+                _mm512_dpbusd_epi32(once, _mm512_and_si512(upper, low), a[2]),
+                _mm512_dpbusd_epi32(four_times, _mm512_and_si512(upper, high), a[3]),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn nibbles(self, sums: [__m512i; 2], w: __m512i, a: [__m512i; 2]) -> [__m512i; 2] {
+        proven!({
+            let low = _mm512_set1_epi8(15);
+            let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+            [_mm512_dpbusd_epi32(sums[0], _mm512_and_si512(w, low), a[0]), _mm512_dpbusd_epi32(sums[1], upper, a[1])]
+        })
+    }
+    #[inline(always)]
+    fn bytes(self, sums: [__m512i; 2], w: __m512i, a: __m512i) -> [__m512i; 2] {
+        proven!({
+            let unsigned = _mm512_xor_si512(w, _mm512_set1_epi8(i8::MIN));
+            [_mm512_dpbusd_epi32(sums[0], unsigned, a), sums[1]]
+        })
+    }
+    #[inline(always)]
+    fn widen(self, total: __m512i, sums: [__m512i; 2], bits: usize) -> __m512i {
+        proven!({
+            let upper = if bits == 2 { _mm512_srai_epi32::<2>(sums[1]) } else { sums[1] };
+            _mm512_add_epi32(_mm512_add_epi32(total, sums[0]), upper)
+        })
+    }
+    #[inline(always)]
+    fn across_lanes(self, totals: [__m512i; 4]) -> [i32; 8] {
+        let low = self.0.across_lanes(totals.map(|v| proven!(_mm512_castsi512_si256(v))));
+        let high = self.0.across_lanes(totals.map(|v| proven!(_mm512_extracti64x4_epi64::<1>(v))));
+        [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
     }
 
     #[inline(always)]

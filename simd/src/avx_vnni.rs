@@ -96,21 +96,34 @@ impl<V: Dpbusd> Dot for V {
         })
     }
 
-    /// Fields 1 and 3 stay four times too large, in a sum of their own: a shift less for each.
+    /// Fields 1 and 3 stay four times too large: a shift less for each.
     #[inline(always)]
-    fn crumbs(acc: [__m256i; 3], w: [__m256i; 2], a: &[i8; 32]) -> [__m256i; 3] {
-        let [mut once, mut four_times, unused] = acc;
-        for (w, a) in w.into_iter().zip(a.as_chunks().0) {
-            proven!({
-                let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12));
-                let upper = _mm256_srli_epi16::<4>(w);
-                once = V::dpbusd(once, _mm256_and_si256(w, low), every(four(a, 0)));
-                four_times = V::dpbusd(four_times, _mm256_and_si256(w, high), every(four(a, 1)));
-                once = V::dpbusd(once, _mm256_and_si256(upper, low), every(four(a, 2)));
-                four_times = V::dpbusd(four_times, _mm256_and_si256(upper, high), every(four(a, 3)));
-            });
-        }
-        [once, four_times, unused]
+    fn crumbs(sums: [__m256i; 2], w: __m256i, a: [__m256i; 4]) -> [__m256i; 2] {
+        proven!({
+            let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12));
+            let upper = _mm256_srli_epi16::<4>(w);
+            let once = V::dpbusd(sums[0], _mm256_and_si256(w, low), a[0]);
+            let four_times = V::dpbusd(sums[1], _mm256_and_si256(w, high), a[1]);
+            [
+                V::dpbusd(once, _mm256_and_si256(upper, low), a[2]),
+                V::dpbusd(four_times, _mm256_and_si256(upper, high), a[3]),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn nibbles(sums: [__m256i; 2], w: __m256i, a: [__m256i; 2]) -> [__m256i; 2] {
+        proven!({
+            let low = _mm256_set1_epi8(15);
+            let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
+            [V::dpbusd(sums[0], _mm256_and_si256(w, low), a[0]), V::dpbusd(sums[1], upper, a[1])]
+        })
+    }
+    #[inline(always)]
+    fn widen(total: __m256i, sums: [__m256i; 2], bits: usize) -> __m256i {
+        proven!({
+            let upper = if bits == 2 { _mm256_srai_epi32::<2>(sums[1]) } else { sums[1] };
+            _mm256_add_epi32(_mm256_add_epi32(total, sums[0]), upper)
+        })
     }
 
     #[inline(always)]

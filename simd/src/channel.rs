@@ -1,47 +1,46 @@
 //! The kernels of formats with one scale a row: all integers, one multiplication at the end.
 //!
-//! The one idea: these formats are nothing but words of four bytes, n = 16, 8 or 4 weights a word. The words of eight
-//! rows side by side, as the interleaved order has them and as transposing eight rows gives them, are multiplied by
-//! masking out one field of every byte at a time. In interleaved order that field holds four neighbouring weights. In
-//! GGUF order neighbours share a byte, so there the activations are put into the order of the fields instead:
+//! The one idea: where a whole row is one integer sum, any lane may add any product. So a row is read as it lies in the file, a
+//! *piece* of 32 bytes at a time, and its lanes are added across once, at the end. A byte holds n = 4, 2 or 1 weights as
+//! fields of 2, 4 or 8 bits; one field of all bytes is masked out at a time, and the activations are put into that order first:
 //!
 //! ```text
-//! activations of a word of n:   0 1 2 .. n   ->   0, n/4, n/2, 3n/4 | 1, n/4 + 1, ... | ...
+//! piece, two-bit weights        byte 0: k = 0 1 2 3 | byte 1: k = 4 5 6 7 | ... | byte 31: k = 124 .. 127
+//! activations of its fields     0 4 8 .. 124 | 1 5 9 .. 125 | 2 6 .. 126 | 3 7 .. 127
 //! ```
 //!
-//! Formats with the blocks of Q4_0, Q8_0 and TQ2_0 are the same once the blocks' scales are skipped and the activations are put
-//! into the order of their fields: a *piece* is what 32 bytes of a row's integers are.
+//! *Few tokens* ([`few`]): four rows far apart at a time, which are separate streams of memory and share their activations.
+//! *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to a weight.
+//!
+//! Formats with the blocks of Q4_0, Q8_0 and TQ2_0 are the same once the blocks' scales are skipped.
 //!
 //! The sum of a row stays an i32 throughout: |q·a| ≤ 128·128, so up to 131 071 columns.
 
 use crate::format::Block;
-use crate::unpack::Vector;
 use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
-use crate::{Acts, Format, Layout, Rows, Tile};
+use crate::{Acts, Format, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
 #[inline(always)]
-pub(crate) fn matmul<S: Simd, B: Block>(s: S, layout: Layout, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
-    let mut fields = Vec::new();
-    let a = match layout {
-        Layout::Gguf if bits::<B>() < 8 => {
-            fields.resize(x.q.len(), 0);
-            by_fields::<B>(x.q, &mut fields);
-            &fields[..]
-        }
-        _ => x.q,
-    };
-    let mut sums = vec![0; x.tokens];
-    for (sum, of_16) in sums.iter_mut().zip(x.sums.chunks_exact(x.cols / 16)) {
-        *sum = of_16.iter().map(|a| *a as i32).sum();
-    }
-    let tokens = Tokens { a: a.as_chunks().0, sums: &sums, x };
-    if x.tokens >= MANY {
-        Panel::<S>::new().matmul::<B>(s, layout, w, row_bytes, &tokens, out);
-    } else if layout == Layout::Gguf {
-        few::<S::Eight, B>(s.eight(), w, row_bytes, &tokens, out);
+pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
+    let mut ordered = Vec::new();
+    let a = if const { in_order::<B>() } && x.cols.is_multiple_of(const { 32 * fields::<B>() }) {
+        x.q
     } else {
-        interleaved::<S, B>(s, w, row_bytes, &tokens, out);
+        for a in x.q.chunks_exact(x.cols) {
+            by_fields::<B>(a, &mut ordered);
+        }
+        &ordered
+    };
+    let a = a.as_chunks().0;
+    let tokens = Tokens { a, groups: a.len() / x.tokens, whole: x.cols / const { 32 * fields::<B>() }, x };
+    if x.tokens >= MANY {
+        Panel::<S>::new().matmul::<B>(s, w, row_bytes, &tokens, out);
+    } else {
+        few::<S, B>(s, w, row_bytes, &tokens, out);
+    }
+    for t in 0..x.tokens {
+        finish::<S, B>(&tokens, t, w.scale, out.row(t));
     }
 }
 
@@ -50,14 +49,9 @@ const fn bits<B: Block>() -> usize {
     B::FORMAT.bits()
 }
 
-/// The lowest bits of a byte, as many as a weight has. (No channel-wise format has more than 8.)
-const fn mask<B: Block>() -> u8 {
-    if bits::<B>() < 8 { (1 << bits::<B>()) - 1 } else { 255 }
-}
-
-/// Words of a group of 32 weights.
-const fn words<B: Block>() -> usize {
-    bits::<B>()
+/// Weights of a byte.
+const fn fields<B: Block>() -> usize {
+    8 / B::FORMAT.bits()
 }
 
 /// Where the bytes of piece `i` of a row start, in two halves of 16.
@@ -71,16 +65,70 @@ const fn piece<B: Block>(i: usize) -> [usize; 2] {
     }
 }
 
-/// Which weight of 128 stands in place `i` of the order of fields: byte i%4 of field i/4, in a word of 16 two-bit weights or two
-/// words of 8 four-bit ones.
-const fn field_order<B: Block>(i: usize) -> usize {
-    match B::FORMAT {
-        // Byte m of a piece has weights m, m + 32, m + 64, m + 96.
-        Format::Tq2_0C => 32 * (i / 4 % 4) + 4 * (i / 16) + i % 4,
-        // Byte m of a block has weights m and m + 16.
-        Format::Q4_0C => i / 32 * 32 + 16 * (i / 4 % 2) + 4 * (i % 32 / 8) + i % 4,
-        Format::W2C => i / 16 * 16 + 4 * (i % 4) + i / 4 % 4,
-        _ => i / 8 * 8 + 2 * (i % 4) + i / 4 % 2,
+/// Whether weights lie in the order of fields: one to a byte, or byte m of a piece with weights m, m + 32, m + 64, m + 96.
+const fn in_order<B: Block>() -> bool {
+    fields::<B>() == 1 || matches!(B::FORMAT, Format::Tq2_0C)
+}
+
+/// Appends the activations of a token in the order of the fields, with zeros up to a whole piece.
+#[inline(always)]
+fn by_fields<B: Block>(a: &[i8], to: &mut Vec<i8>) {
+    let len = const { 32 * fields::<B>() };
+    let start = to.len();
+    to.resize(start + a.len().next_multiple_of(len), 0);
+    let (whole, rest) = a.split_at(a.len() / len * len);
+    let mut last = [0; 128];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = &last[..if rest.is_empty() { 0 } else { len }];
+    let pieces = whole.chunks_exact(len).chain(last.chunks_exact(len));
+    for (a, to) in pieces.zip(to[start..].chunks_exact_mut(len)) {
+        let to = &mut to.as_chunks_mut().0[..const { fields::<B>() }];
+        match B::FORMAT {
+            // Byte m of a block has weights m and m + 16; a piece is two blocks.
+            Format::Q4_0C => {
+                for (m, half) in a.as_chunks::<16>().0.iter().enumerate() {
+                    to[m % 2][m / 2 * 16..][..16].copy_from_slice(half);
+                }
+            }
+            _ if const { in_order::<B>() } => to.as_flattened_mut().copy_from_slice(a),
+            _ => neighbours(a, to),
+        }
+    }
+}
+
+/// Deals `a` out, one after another, to each of `to`, two or four. Read as words, compilers do it with vectors.
+#[inline(always)]
+fn neighbours(a: &[i8], to: &mut [[i8; 32]]) {
+    let mut words = [0; 32];
+    for (m, word) in words.iter_mut().enumerate() {
+        *word = match a[to.len() * m..][..to.len()] {
+            [a, b, c, d] => u32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]),
+            [a, b] => u16::from_le_bytes([a as u8, b as u8]) as u32,
+            _ => unreachable!("a byte holds two or four narrow weights"),
+        };
+    }
+    for (f, to) in to.iter_mut().enumerate() {
+        for (to, word) in to.iter_mut().zip(words) {
+            *to = (word >> (8 * f)) as i8;
+        }
+    }
+}
+
+/// Activations in the order of the fields, and the rest of what is known of them.
+struct Tokens<'a> {
+    a: &'a [[i8; 32]],
+    /// Groups of 32 activations of a token, up to a whole piece.
+    groups: usize,
+    /// Pieces of a row that are whole.
+    whole: usize,
+    x: &'a Acts<'a>,
+}
+
+impl Tokens<'_> {
+    /// The groups of token `t`.
+    #[inline(always)]
+    fn groups(&self, t: usize) -> &[[i8; 32]] {
+        &self.a[t * self.groups..][..self.groups]
     }
 }
 
@@ -90,245 +138,171 @@ fn range<S: Simd, B: Block>() -> (Range, i32) {
     if B::SPAN > 127 { (Range::Full, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
 }
 
-/// Puts the activations into the order of the fields of the weights.
+/// From the integer sums of all rows with token `t`, which lie in `out` as they are, to the output.
 #[inline(always)]
-fn by_fields<B: Block>(a: &[i8], out: &mut [i8]) {
-    const ALL: usize = 128;
-    let (a, a_rest) = a.as_chunks::<ALL>();
-    let (out, out_rest) = out.as_chunks_mut::<ALL>();
-    for (a, out) in a.iter().zip(out) {
-        for i in 0..ALL {
-            out[i] = a[const { field_orders::<B>() }[i] as usize];
-        }
-    }
-    // A multiple of 32, of formats whose fields stay within 32.
-    for (i, out) in out_rest.iter_mut().enumerate() {
-        *out = a_rest[field_order::<B>(i)];
+fn finish<S: Simd, B: Block>(tokens: &Tokens, t: usize, row_scale: &[f32], out: &mut [f32]) {
+    let of_16 = tokens.x.cols / 16;
+    let sum: i32 = tokens.x.sums[t * of_16..][..of_16].iter().map(|a| *a as i32).sum();
+    let bias = range::<S, B>().1 * sum;
+    let scale = tokens.x.scale[t];
+    for (out, row_scale) in out.iter_mut().zip(row_scale) {
+        let isum = out.to_bits() as i32 - bias;
+        let isum = if B::NEGATIVE { -isum } else { isum };
+        *out = isum as f32 * (row_scale * scale);
     }
 }
 
-/// [`field_order`] as a table.
-const fn field_orders<B: Block>() -> [u8; 128] {
-    let mut all = [0; 128];
-    let mut i = 0;
-    while i < all.len() {
-        all[i] = field_order::<B>(i) as u8;
-        i += 1;
-    }
-    all
-}
-
-/// Activations in the order of the weights, and the rest of what is known of them.
-struct Tokens<'a> {
-    a: &'a [[i8; 32]],
-    /// The sum of all activations of each token.
-    sums: &'a [i32],
-    x: &'a Acts<'a>,
-}
-
-impl Tokens<'_> {
-    /// The groups of token `t`.
-    #[inline(always)]
-    fn groups(&self, t: usize) -> &[[i8; 32]] {
-        let n = self.x.cols / 32;
-        &self.a[t * n..][..n]
-    }
-
-    /// From the running sum of products with token `t` to the output.
-    #[inline(always)]
-    fn finish<S: Simd, B: Block>(&self, s: S, t: usize, isum: S::I, row_scale: &[f32], out: &mut [f32]) {
-        let bias = s.splat(range::<S, B>().1 * self.sums[t]);
-        let isum = if B::NEGATIVE { s.sub(bias, isum) } else { s.sub(isum, bias) };
-        let mut lanes = [0.0; 16];
-        match row_scale.first_chunk::<8>() {
-            Some(eight) if row_scale.len() == 8 => lanes[..8].copy_from_slice(eight),
-            _ => lanes[..row_scale.len()].copy_from_slice(row_scale),
-        }
-        let scale = s.mul_f32(s.load_f32(&lanes), s.splat_f32(self.x.scale[t]));
-        s.store_f32(s.mul_f32(s.to_f32(isum), scale), &mut lanes);
-        wide::write(&lanes, out);
-    }
-}
-
-/// Adds the products of one group, the first [`words`] of `w`, with 32 activations.
+/// An integer sum, to lie in the output until [`finish`].
 #[inline(always)]
-fn add<S: Simd, B: Block>(s: S, acc: [S::I; 3], w: [S::B; 8], a: &[i8; 32]) -> [S::I; 3] {
-    match bits::<B>() {
-        2 => s.crumbs(acc, [w[0], w[1]], a),
-        4 => s.nibbles(acc, [w[0], w[1], w[2], w[3]], a),
-        _ => [s.dot32(acc[0], w, a, Range::Full), acc[1], acc[2]],
+fn unfinished(isum: i32) -> f32 {
+    f32::from_bits(isum as u32)
+}
+
+/// Piece `i` of a row, with zeros beyond the end.
+#[inline(never)]
+fn padded<B: Block>(row: &[u8], i: usize) -> [u8; 32] {
+    let mut whole = [0; 32];
+    for (half, at) in whole.chunks_exact_mut(16).zip(piece::<B>(i)) {
+        let bytes = row.get(at..).unwrap_or_default();
+        let n = bytes.len().min(16);
+        half[..n].copy_from_slice(&bytes[..n]);
     }
+    whole
 }
 
-/// What [`add`] has added up.
+/// Piece `i` of two rows.
+///
+/// # Safety
+/// Both rows must have that piece.
 #[inline(always)]
-fn total<S: Simd, B: Block>(s: S, acc: [S::I; 3]) -> S::I {
-    if bits::<B>() < 8 { s.total(acc, bits::<B>()) } else { acc[0] }
-}
-
-/// Piece `i` of each of one to eight rows, word by word, zeros beyond the end. Short of eight rows, the last stands in for the
-/// missing ones.
-#[inline(always)]
-fn eight_words<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, i: usize) -> [S::B; 8] {
-    let last = w.len() / row_bytes - 1;
+unsafe fn load<S: Simd, B: Block>(s: S, rows: [&[u8]; 2], i: usize) -> S::B {
     let [first, second] = piece::<B>(i);
-    let mut rows = [s.splat_u8(0); 8];
-    for (r, row) in rows.iter_mut().enumerate() {
-        let bytes = &w[r.min(last) * row_bytes..][..row_bytes];
-        *row = match bytes[first..].first_chunk() {
-            Some(bytes) if second == first + 16 => s.load32(bytes),
-            _ => {
-                let mut whole = [0; 32];
-                for (half, at) in whole.chunks_exact_mut(16).zip([first, second]) {
-                    let bytes = bytes.get(at..).unwrap_or_default();
-                    let n = bytes.len().min(16);
-                    half[..n].copy_from_slice(&bytes[..n]);
-                }
-                s.load32(&whole)
-            }
-        };
-    }
-    s.transpose(rows)
-}
-
-// Few tokens, GGUF order.
-
-#[inline(always)]
-fn few<S: Eight, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    for (r, bytes) in w.bytes.chunks(8 * row_bytes).enumerate() {
-        let rows = 8 * r..8 * r + bytes.len() / row_bytes;
-        for t in 0..tokens.x.tokens {
-            let mut acc = [s.splat(0); 3];
-            for (at, a) in tokens.groups(t).chunks(8 / words::<B>()).enumerate() {
-                // The eight rows after these, in the order in which they lie.
-                for line in (0..8 * 32).step_by(64) {
-                    s.prefetch(bytes.as_ptr().wrapping_add(8 * row_bytes + 8 * 32 * at + line));
-                }
-                let w = eight_words::<S, B>(s, bytes, row_bytes, at);
-                for (g, a) in a.iter().enumerate() {
-                    let mut group = w;
-                    group[..words::<B>()].copy_from_slice(&w[g * words::<B>()..][..words::<B>()]);
-                    acc = add::<S, B>(s, acc, group, a);
-                }
-            }
-            tokens.finish::<S, B>(s, t, total::<S, B>(s, acc), &w.scale[rows.clone()], &mut out.row(t)[rows.clone()]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if second == first + 16 {
+            s.load(rows.map(|row| &*row.as_ptr().add(first).cast()))
+        } else {
+            s.load_halves(rows.map(|row| [first, second].map(|at| &*row.as_ptr().add(at).cast())))
         }
     }
 }
 
-// Few tokens, interleaved order.
+// Few tokens.
 
-/// Reads as many streams at once as there are rows for.
-#[inline(always)]
-fn interleaved<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    let rows = w.bytes.len() / row_bytes;
-    let streams = const { if bits::<B>() == 2 { S::CRUMB_STREAMS } else { 4 } };
-    let each = rows / (streams * S::ROWS) * S::ROWS;
-    match streams {
-        4 => few_interleaved::<S, B, 4>(s, w, row_bytes, 0, each, tokens, out),
-        _ => few_interleaved::<S, B, 2>(s, w, row_bytes, 0, each, tokens, out),
-    }
-    let done = streams * each;
-    let rest = (rows - done) / S::ROWS * S::ROWS;
-    few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, tokens, out);
-    few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done + rest, rows - done - rest, tokens, out);
-}
-
-/// Groups multiplied in a turn of the loop: one is less work than a turn should be.
+/// Vectors of rows read at once, as separate streams; the rows of one token share its activations.
+const STREAMS: usize = 4;
+/// Pieces multiplied in a turn of the loop.
 const TURN: usize = 4;
 
-/// Rows `from..from + N·each`: `N` streams of `each` rows.
 #[inline(always)]
-fn few_interleaved<S: Simd, B: Block, const N: usize>(
+fn few<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+    let at_once = const { STREAMS * S::ROWS / 8 };
+    let rows = w.bytes.len() / row_bytes;
+    let each = rows / at_once;
+    for r in 0..each {
+        streams::<S, B>(s, w.bytes, row_bytes, r, each, tokens, out);
+    }
+    if each * at_once == rows {
+        return;
+    }
+    // The last ones, some of them once more; or each on its own.
+    if rows > at_once {
+        return streams::<S, B>(s, w.bytes, row_bytes, rows - at_once, 1, tokens, out);
+    }
+    for r in 0..rows {
+        streams::<S, B>(s, w.bytes, row_bytes, r, 0, tokens, out);
+    }
+}
+
+/// The sums of rows `first`, `first + step`, ... with all tokens.
+#[inline(always)]
+fn streams<S: Simd, B: Block>(
     s: S,
-    w: Rows,
+    w: &[u8],
     row_bytes: usize,
-    from: usize,
-    each: usize,
+    first: usize,
+    step: usize,
     tokens: &Tokens,
     out: &mut Tile,
 ) {
-    for r in (0..each).step_by(S::ROWS) {
-        let mut streams = [[&[][..]; 2]; N];
-        for (i, stream) in streams.iter_mut().enumerate() {
-            let first = from + i * each + r;
-            // The second group, where there is one; where not, it is never looked at.
-            let second = if S::ROWS == 16 { first + 8 } else { first };
-            *stream = [first, second].map(|row| &w.bytes[row * row_bytes..][..8 * row_bytes]);
+    let halves = const { S::ROWS / 8 };
+    assert!((first + (halves * STREAMS - 1) * step + 1) * row_bytes <= w.len());
+    let mut rows = [[&[][..]; 2]; STREAMS];
+    unrolled!(r < STREAMS, {
+        for half in 0..2 {
+            let from = (first + (half * (halves - 1) * STREAMS + r) * step) * row_bytes;
+            // SAFETY: the last of these rows ends within `w`, as just checked.
+            rows[r][half] = unsafe { w.get_unchecked(from..from + row_bytes) };
         }
-        for t in 0..tokens.x.tokens {
-            let mut acc = [[s.splat(0); 3]; N];
-            let mut streams = streams;
-            let (turns, rest) = tokens.groups(t).as_chunks::<TURN>();
-            for a in turns {
-                // SAFETY: rows have as many blocks as tokens have groups.
-                unsafe { add_blocks::<S, B, N, _>(s, &mut streams, a, &mut acc) };
-            }
-            for a in rest.as_chunks::<1>().0 {
-                // SAFETY: as above.
-                unsafe { add_blocks::<S, B, N, _>(s, &mut streams, a, &mut acc) };
-            }
-            for (i, acc) in acc.into_iter().enumerate() {
-                let rows = from + i * each + r..from + i * each + r + S::ROWS;
-                let isum = total::<S, B>(s, acc);
-                tokens.finish::<S, B>(s, t, isum, &w.scale[rows.clone()], &mut out.row(t)[rows]);
-            }
-        }
-    }
-}
-
-/// Takes as many blocks off each stream as there are groups of activations, at most eight, and adds their products.
-///
-/// # Safety
-/// There must be as many.
-#[inline(always)]
-unsafe fn add_blocks<S: Simd, B: Block, const N: usize, const GROUPS: usize>(
-    s: S,
-    streams: &mut [[&[u8]; 2]; N],
-    a: &[[i8; 32]; GROUPS],
-    acc: &mut [[S::I; 3]; N],
-) {
-    let block_bytes = const { 8 * B::FORMAT.block_bytes() };
-    let start = *streams;
-    unrolled!(g < GROUPS, {
-        let lines = g * block_bytes / 64..(g + 1) * block_bytes / 64;
-        unrolled!(i < N, {
-            s.prefetch_lines(start[i][0].as_ptr(), lines.clone());
-            if S::ROWS == 16 {
-                s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
-            }
-            if bits::<B>() > 2 {
-                // SAFETY: the caller's promise.
-                let group = unsafe { take_words::<S, B, 8>(s, &mut streams[i]) };
-                acc[i] = add::<S, B>(s, acc[i], group, &a[g]);
-            }
-        });
     });
-    if bits::<B>() == 2 {
-        unrolled!(i < N, {
-            let mut groups = [[s.splat_u8(0); 2]; GROUPS];
-            unrolled!(g < GROUPS, {
-                // SAFETY: the caller's promise.
-                groups[g] = unsafe { take_words::<S, B, 2>(s, &mut streams[i]) };
-            });
-            acc[i] = s.crumbs_of(acc[i], groups, a.each_ref());
-        });
+    for t in 0..tokens.x.tokens {
+        let sums = sums::<S, B>(s, rows, tokens, t);
+        let out = &mut out.row(t)[first..];
+        for (i, sum) in sums.into_iter().enumerate().take(halves * STREAMS) {
+            out[i * step] = unfinished(sum);
+        }
     }
 }
 
-/// Takes a block off a stream: its words, up to `N` of them.
-///
-/// # Safety
-/// There must be one.
+/// The integer sums of some rows with token `t`.
 #[inline(always)]
-unsafe fn take_words<S: Simd, B: Block, const N: usize>(s: S, stream: &mut [&[u8]; 2]) -> [S::B; N] {
-    // SAFETY: the caller's promise.
-    let block = unsafe { Vector::take(stream, const { 8 * B::FORMAT.block_bytes() }) };
-    let mut group = [s.splat_u8(0); N];
-    for (u, word) in group.iter_mut().enumerate().take(words::<B>()) {
-        *word = s.load(block.fields(4 * u));
+fn sums<S: Simd, B: Block>(s: S, rows: [[&[u8]; 2]; STREAMS], tokens: &Tokens, t: usize) -> [i32; 8] {
+    let turn_bytes = const { piece::<B>(TURN)[0] - piece::<B>(0)[0] };
+    let fields = const { fields::<B>() };
+    let (whole, rest) = tokens.groups(t).split_at(tokens.whole * fields);
+    let turns = whole.chunks_exact(TURN * fields);
+    let mut i = tokens.whole - turns.remainder().len() / fields;
+    let mut total = [s.splat(0); STREAMS];
+    let mut some = [s.no_sums(); STREAMS];
+    for a in turns.remainder().chunks_exact(fields) {
+        unrolled!(r < STREAMS, {
+            // SAFETY: rows have as many whole pieces as the tokens.
+            some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], i) }, a);
+            (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
+        });
+        i += 1;
     }
-    group
+    let mut ahead = rows;
+    for a in turns {
+        unrolled!(r < STREAMS, {
+            s.prefetch_lines(ahead[r][0].as_ptr(), 0..turn_bytes.div_ceil(64));
+            if S::ROWS == 16 {
+                s.prefetch_lines(ahead[r][1].as_ptr(), 0..turn_bytes.div_ceil(64));
+            }
+        });
+        unrolled!(u < TURN, {
+            unrolled!(r < STREAMS, {
+                // SAFETY: as above.
+                let w = unsafe { load::<S, B>(s, ahead[r], u) };
+                some[r] = add::<S, B>(s, some[r], w, &a[u * fields..][..fields]);
+            });
+        });
+        unrolled!(r < STREAMS, {
+            if S::NARROW {
+                (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
+            }
+            // SAFETY: as above: the pieces of this turn are there.
+            ahead[r] = ahead[r].map(|row| unsafe { row.get_unchecked(turn_bytes..) });
+        });
+    }
+    unrolled!(r < STREAMS, {
+        if !rest.is_empty() {
+            let last = rows[r].map(|row| padded::<B>(row, tokens.whole));
+            some[r] = add::<S, B>(s, some[r], s.load(last.each_ref()), rest);
+        }
+        total[r] = s.widen(total[r], some[r], bits::<B>());
+    });
+    s.across_lanes(total)
+}
+
+/// Adds the products of a piece with the activations of its fields.
+#[inline(always)]
+fn add<S: Simd, B: Block>(s: S, sums: S::Sums, w: S::B, a: &[[i8; 32]]) -> S::Sums {
+    match fields::<B>() {
+        4 => s.crumbs(sums, w, [s.along(&a[0]), s.along(&a[1]), s.along(&a[2]), s.along(&a[3])]),
+        2 => s.nibbles(sums, w, [s.along(&a[0]), s.along(&a[1])]),
+        _ => s.bytes(sums, w, s.along(&a[0])),
+    }
 }
 
 // Many tokens.
@@ -357,16 +331,16 @@ impl<S: Simd> Panel<S> {
 
     /// All rows times all tokens.
     #[inline(always)]
-    fn matmul<B: Block>(&mut self, s: S, layout: Layout, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+    fn matmul<B: Block>(&mut self, s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
         let n_tokens = tokens.x.tokens;
         for (r, bytes) in w.bytes.chunks(S::ROWS * row_bytes).enumerate() {
             let rows = r * S::ROWS..r * S::ROWS + bytes.len() / row_bytes;
             self.acc.clear();
             self.acc.resize(n_tokens, [0; 16]);
-            for from in (0..tokens.x.cols / 32).step_by(CHUNK) {
-                let n = CHUNK.min(tokens.x.cols / 32 - from);
+            for from in (0..tokens.groups).step_by(CHUNK) {
+                let n = CHUNK.min(tokens.groups - from);
                 for (half, bytes) in bytes.chunks(8 * row_bytes).enumerate() {
-                    self.spread::<B>(s.eight(), layout, half, bytes, row_bytes, from, n);
+                    self.spread::<B>(s.eight(), half, bytes, row_bytes, tokens.whole, from..from + n);
                 }
                 let mut t = 0;
                 while S::TOKENS == 8 && t + 8 <= n_tokens {
@@ -382,47 +356,42 @@ impl<S: Simd> Panel<S> {
                     t += 1;
                 }
             }
-            for t in 0..n_tokens {
-                let isum = s.load_i32(&self.acc[t]);
-                tokens.finish::<S, B>(s, t, isum, &w.scale[rows.clone()], &mut out.row(t)[rows.clone()]);
+            for (t, acc) in self.acc.iter().enumerate() {
+                wide::write(&acc.map(unfinished), &mut out.row(t)[rows.clone()]);
             }
         }
     }
 
-    /// A byte to a weight: groups `from..from + n` of one to eight rows, as rows `8·half..` of the panel.
+    /// A byte to a weight: some groups, whole pieces, of one to eight rows, as rows `8·half..` of the panel. Short of eight
+    /// rows, the last stands in for the missing ones.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     fn spread<B: Block>(
         &mut self,
         s: S::Eight,
-        layout: Layout,
         half: usize,
         w: &[u8],
         row_bytes: usize,
-        from: usize,
-        n: usize,
+        whole: usize,
+        groups: std::ops::Range<usize>,
     ) {
-        let per_load = const { 8 / words::<B>() };
-        for k in (0..n).step_by(per_load) {
-            let words = match layout {
-                Layout::Gguf => eight_words::<S::Eight, B>(s, w, row_bytes, (from + k) / per_load),
-                Layout::Interleaved => {
-                    let at = 8 * (from + k) * B::FORMAT.block_bytes();
-                    let mut words = [s.splat_u8(0); 8];
-                    for (word, bytes) in words.iter_mut().zip(w[at..].as_chunks().0) {
-                        *word = s.load32(bytes);
-                    }
-                    words
-                }
-            };
-            for g in 0..per_load.min(n - k) {
-                let out = &mut self.q[8 * Self::GROUPS * (k + g)..][..8 * Self::GROUPS];
-                let fields = const { 8 / bits::<B>() };
-                let mut codes = [s.splat_u8(0); 8];
-                for (v, code) in codes.iter_mut().enumerate() {
-                    let word = words[(8 * g + v) / fields];
-                    *code = s.field(word, bits::<B>() * (v % fields), mask::<B>());
-                }
+        let fields = const { fields::<B>() };
+        let mask = const { 255 >> (8 - bits::<B>()) };
+        let last = w.len() / row_bytes - 1;
+        for (k, i) in (groups.start / fields..groups.end / fields).enumerate() {
+            let mut words = [s.splat_u8(0); 8];
+            for (r, row) in words.iter_mut().enumerate() {
+                let bytes = &w[r.min(last) * row_bytes..][..row_bytes];
+                *row = if i < whole {
+                    // SAFETY: the piece is one of the whole ones.
+                    unsafe { load::<S::Eight, B>(s, [bytes; 2], i) }
+                } else {
+                    s.load32(&padded::<B>(bytes, i))
+                };
+            }
+            let words = s.transpose(words);
+            for f in 0..fields {
+                let out = &mut self.q[8 * Self::GROUPS * (fields * k + f)..][..8 * Self::GROUPS];
+                let codes = words.map(|word| s.field(word, f * bits::<B>(), mask));
                 for (v, code) in s.panel(codes).into_iter().enumerate() {
                     s.store(code, &mut out[v * Self::GROUPS + half]);
                 }

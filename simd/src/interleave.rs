@@ -16,8 +16,7 @@
 //! 48    bytes 6..10 ...
 //! ```
 //!
-//! One order serves every ISA. W2C and W4C hold neighbouring weights in one byte; within a unit their fields are
-//! transposed, so that a shift and a mask give four neighbouring weights of each row, as with the others.
+//! One order serves every ISA. Formats with one scale a row have none: `channel.rs` reads them best as they lie in the file.
 
 #![forbid(unsafe_code)]
 
@@ -39,7 +38,6 @@ impl Format {
             Format::Q4K | Format::Q5K => &[(0, 2), (4, 4)],
             Format::Q6K => &[(0, 4), (192, 2)],
             Format::Tq2_0 => &[(0, 4), (64, 2)],
-            Format::W2C | Format::W4C | Format::W8C => &[(0, 4)],
             _ => &[],
         }
     }
@@ -50,7 +48,6 @@ impl Format {
     /// If the format does not interleave, or if the slices are not eight rows of whole blocks, and equally long.
     pub fn interleave(self, rows: &[u8], out: &mut [u8]) {
         self.deal(rows, out, |row, dealt, rows, out| out[dealt..][..row.len()].copy_from_slice(&rows[row]));
-        transpose_units(self, out, false);
     }
 
     /// The inverse of [`Format::interleave`].
@@ -58,11 +55,9 @@ impl Format {
     /// # Panics
     /// As [`Format::interleave`].
     pub fn deinterleave(self, interleaved: &[u8], out: &mut [u8]) {
-        let mut units = interleaved.to_vec();
-        transpose_units(self, &mut units, true);
-        self.deal(&units, out, |row, dealt, units, out| {
+        self.deal(interleaved, out, |row, dealt, interleaved, out| {
             let n = row.len();
-            out[row].copy_from_slice(&units[dealt..][..n]);
+            out[row].copy_from_slice(&interleaved[dealt..][..n]);
         });
     }
 
@@ -84,30 +79,6 @@ impl Format {
                     }
                 }
             }
-        }
-    }
-}
-
-/// Bits of a weight of a format whose bytes hold neighbouring weights; their units are transposed.
-const fn narrow(format: Format) -> Option<usize> {
-    match format {
-        Format::W2C => Some(2),
-        Format::W4C => Some(4),
-        _ => None,
-    }
-}
-
-/// Moves weight k of each unit of four bytes from byte k/n, field k%n to byte k%4, field k/4, or back; n to a byte.
-fn transpose_units(format: Format, bytes: &mut [u8], back: bool) {
-    let Some(bits) = narrow(format) else { return };
-    let n = 8 / bits;
-    for unit in bytes.as_chunks_mut::<4>().0 {
-        let from = std::mem::take(unit);
-        for k in 0..4 * n {
-            let (rows, units) = ((k / n, k % n), (k % 4, k / 4));
-            let (read, write) = if back { (units, rows) } else { (rows, units) };
-            let field = from[read.0] >> (bits * read.1) & ((1 << bits) - 1);
-            unit[write.0] |= field << (bits * write.1);
         }
     }
 }

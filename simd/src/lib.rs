@@ -215,7 +215,7 @@ macro_rules! for_each_block_format {
     ($table:ident $($more:tt)*) => {
         $table! {
             (Q4_0 "q4_0" "q4_0x8") (Q8_0 "q8_0" "q8_0x8") (Q4K "q4_k" "q4_kx8") (Q5K "q5_k" "q5_kx8")
-            (Q6K "q6_k" "q6_kx8") (W2C "w2c" "w2cx8") (W4C "w4c" "w4cx8") (W8C "w8c" "w8cx8")
+            (Q6K "q6_k" "q6_kx8") (W2C "w2c") (W4C "w4c") (W8C "w8c")
             $($more)*
         }
     };

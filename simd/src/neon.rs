@@ -55,11 +55,18 @@ pub(crate) trait Dot: Copy {
         });
         acc
     }
-    /// [`Simd::crumbs`], and the sum of products behind it.
-    fn crumbs(s: Neon<Self>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3];
-    fn crumbs_total(acc: [Ints; 3]) -> Ints;
+    /// [`Simd::Sums`] and [`Simd::NARROW`].
+    type Sums: Copy;
+    const NARROW: bool = false;
+    /// [`Simd::no_sums`], [`Simd::crumbs`], [`Simd::nibbles`], [`Simd::bytes`].
+    fn no_sums() -> Self::Sums;
+    fn crumbs(sums: Self::Sums, w: Bytes, a: [Bytes; 4]) -> Self::Sums;
+    fn nibbles(sums: Self::Sums, w: Bytes, a: [Bytes; 2]) -> Self::Sums;
+    fn bytes(sums: Self::Sums, w: Bytes, a: Bytes) -> Self::Sums;
+    /// [`Simd::widen`]: one vector takes all sums of a row.
+    fn widen(total: int32x4_t, sums: Self::Sums, bits: usize) -> int32x4_t;
     /// For each of four rows, the products of its 32 nibbles with the activations.
-    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t;
+    fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t;
 }
 
 /// Eight rows in pairs of 128-bit vectors. A value proves that the CPU has NEON, and what `D` needs.
@@ -82,12 +89,13 @@ impl<D: Dot> Simd for Neon<D> {
     type B = Bytes;
     type I = Ints;
     type F = [float32x4_t; 2];
+    type Sums = D::Sums;
     type Eight = Self;
 
     const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
     const TURN: usize = 4;
-    const CRUMB_STREAMS: usize = 2;
+    const NARROW: bool = D::NARROW;
     const SIGNED_BIAS: i32 = 0;
 
     #[inline(always)]
@@ -295,12 +303,38 @@ impl<D: Dot> Simd for Neon<D> {
     }
 
     #[inline(always)]
-    fn crumbs(self, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-        D::crumbs(self, acc, w, a)
+    fn along(self, a: &[i8; 32]) -> Bytes {
+        both(activations(a), |a| proven!(vreinterpretq_u8_s8(a)))
     }
     #[inline(always)]
-    fn total(self, acc: [Ints; 3], bits: usize) -> Ints {
-        if bits == 2 { D::crumbs_total(acc) } else { acc[0] }
+    fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> Bytes {
+        groups[0].map(|half| proven!(vld1q_u8(half.as_ptr())))
+    }
+    #[inline(always)]
+    fn no_sums(self) -> D::Sums {
+        D::no_sums()
+    }
+    #[inline(always)]
+    fn crumbs(self, sums: D::Sums, w: Bytes, a: [Bytes; 4]) -> D::Sums {
+        D::crumbs(sums, w, a)
+    }
+    #[inline(always)]
+    fn nibbles(self, sums: D::Sums, w: Bytes, a: [Bytes; 2]) -> D::Sums {
+        D::nibbles(sums, w, a)
+    }
+    #[inline(always)]
+    fn bytes(self, sums: D::Sums, w: Bytes, a: Bytes) -> D::Sums {
+        D::bytes(sums, w, a)
+    }
+    #[inline(always)]
+    fn widen(self, total: Ints, sums: D::Sums, bits: usize) -> Ints {
+        [D::widen(total[0], sums, bits), total[1]]
+    }
+    #[inline(always)]
+    fn across_lanes(self, totals: [Ints; 4]) -> [i32; 8] {
+        let mut sums = [0; 8];
+        proven!(vst1q_s32(sums.as_mut_ptr(), add_across(totals.map(|total| total[0]))));
+        sums
     }
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> Ints {
@@ -380,7 +414,7 @@ impl<D: Dot> Eight for Neon<D> {
             for (i, q) in q.iter_mut().enumerate() {
                 *q = proven!(vld1q_u8(rows[4 * four + i].as_ptr()));
             }
-            *sum = D::nibbles(q, a);
+            *sum = D::nibbles_of_rows(q, a);
         }
         sums
     }
@@ -564,7 +598,25 @@ fn four(a: &[i8], v: usize) -> int8x16_t {
     proven!(vreinterpretq_s8_s32(vdupq_n_s32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))))
 }
 
+/// Sums of products of one row: in 16 bits of narrow weights, in 32 bits of others.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSums {
+    narrow: [int16x8_t; 2],
+    wide: int32x4_t,
+}
+
+/// `sums` plus the products of the low half, plus those of the high half.
+#[inline(always)]
+fn both_halves(sums: int16x8_t, w: uint8x16_t, a: uint8x16_t) -> int16x8_t {
+    proven!({
+        let (w, a) = (vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(a));
+        vmlal_high_s8(vmlal_s8(sums, vget_low_s8(w), vget_low_s8(a)), w, a)
+    })
+}
+
 impl Dot for Mull {
+    type Sums = RowSums;
+    const NARROW: bool = true;
     const ISA: Isa = Isa::Neon;
 
     #[inline(always)]
@@ -601,16 +653,50 @@ impl Dot for Mull {
     }
 
     #[inline(always)]
-    fn crumbs(s: Neon<Mull>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-        let mut codes = [w[0]; 8];
-        for (v, code) in codes.iter_mut().enumerate() {
-            *code = s.field(w[v / 4], 2 * (v % 4), 3);
+    fn no_sums() -> RowSums {
+        proven!(RowSums { narrow: [vdupq_n_s16(0); 2], wide: vdupq_n_s32(0) })
+    }
+    /// Field 1 stays four times too large. A lane takes 12 products of 32 bytes to the first sum and 4 to the second, at most 3·128
+    /// and 12·128: of four times 32 bytes, at most 24 576.
+    #[inline(always)]
+    fn crumbs(sums: RowSums, w: Bytes, a: [Bytes; 4]) -> RowSums {
+        let [mut once, mut four_times] = sums.narrow;
+        for h in 0..2 {
+            proven!({
+                let (low, high) = (vdupq_n_u8(3), vdupq_n_u8(12));
+                once = both_halves(once, vandq_u8(w[h], low), a[0][h]);
+                four_times = both_halves(four_times, vandq_u8(w[h], high), a[1][h]);
+                once = both_halves(once, vandq_u8(vshrq_n_u8::<4>(w[h]), low), a[2][h]);
+                once = both_halves(once, vshrq_n_u8::<6>(w[h]), a[3][h]);
+            });
         }
-        [s.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
+        RowSums { narrow: [once, four_times], ..sums }
+    }
+    /// A lane takes 4 products of 32 bytes to each sum, at most 15·128: of four times 32 bytes, at most 30 720.
+    #[inline(always)]
+    fn nibbles(sums: RowSums, w: Bytes, a: [Bytes; 2]) -> RowSums {
+        let mut narrow = sums.narrow;
+        for h in 0..2 {
+            let codes = proven!([vandq_u8(w[h], vdupq_n_u8(15)), vshrq_n_u8::<4>(w[h])]);
+            for f in 0..2 {
+                narrow[f] = both_halves(narrow[f], codes[f], a[f][h]);
+            }
+        }
+        RowSums { narrow, ..sums }
     }
     #[inline(always)]
-    fn crumbs_total(acc: [Ints; 3]) -> Ints {
-        acc[0]
+    fn bytes(sums: RowSums, w: Bytes, a: Bytes) -> RowSums {
+        let product = |h: usize| Self::row(w[h], proven!(vreinterpretq_s8_u8(a[h])), Range::Full);
+        RowSums { wide: proven!(vaddq_s32(sums.wide, vaddq_s32(product(0), product(1)))), ..sums }
+    }
+    #[inline(always)]
+    fn widen(total: int32x4_t, sums: RowSums, bits: usize) -> int32x4_t {
+        let [once, other] = sums.narrow;
+        match bits {
+            2 => pair_add(total, proven!(vsraq_n_s16::<2>(once, other))),
+            4 => pair_add(pair_add(total, once), other),
+            _ => proven!(vaddq_s32(total, sums.wide)),
+        }
     }
 
     #[inline(always)]
@@ -621,7 +707,7 @@ impl Dot for Mull {
     }
 
     #[inline(always)]
-    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
+    fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
         // |sum of four products| ≤ 4·15·128 = 7 680, so two levels of additions across still fit in 16 bits: 30 720.
         let mut sums = [proven!(vdupq_n_s16(0)); 4];
         for (sum, q) in sums.iter_mut().zip(rows) {

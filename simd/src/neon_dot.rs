@@ -8,7 +8,7 @@ use std::arch::aarch64::*;
 
 use crate::Isa;
 use crate::format::Block;
-use crate::neon::{Bytes, Dot, Ints, Neon, add_across, load_i8, nibbles};
+use crate::neon::{self, Bytes, Dot, Ints, Neon, add_across, load_i8};
 use crate::wide::{Product, Range, proven};
 
 /// Dot products by `sdot`.
@@ -80,29 +80,66 @@ pub(crate) fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8]) -> Ints {
     acc
 }
 
+/// [`Simd::Sums`](crate::wide::Simd::Sums) of those with `sdot`.
+pub(crate) type Sums = [int32x4_t; 3];
+
 /// Crumbs are not shifted down but masked out where they stand, as 4 or 16 times what they are, and have sums of their
 /// own, to be shifted once a row. Of the uppermost, which would be negative, and the lowest the shift is the mask:
 ///
 /// ```text
-/// acc[0] += (w & 0x03)·a0 + (w >> 6)·a3        acc[1] += (w & 0x0c)·a1        acc[2] += (w & 0x30)·a2
+/// sums[0] += (w & 0x03)·a0 + (w >> 6)·a3        sums[1] += (w & 0x0c)·a1        sums[2] += (w & 0x30)·a2
 /// ```
 ///
 /// |Σ 48·a| ≤ 48·128·16 384 columns fits in 31 bits.
 #[inline(always)]
-pub(crate) fn crumbs(acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-    let mut acc = acc;
-    for (w, a) in w.into_iter().zip(a.as_chunks().0) {
-        let a = load_i8(a);
-        for i in 0..2 {
-            proven!({
-                acc[0][i] = sdot_lane::<0>(acc[0][i], masked(w[i], 0x03), a);
-                acc[1][i] = sdot_lane::<1>(acc[1][i], masked(w[i], 0x0c), a);
-                acc[2][i] = sdot_lane::<2>(acc[2][i], masked(w[i], 0x30), a);
-                acc[0][i] = sdot_lane::<3>(acc[0][i], vreinterpretq_s8_u8(vshrq_n_u8::<6>(w[i])), a);
-            });
-        }
+pub(crate) fn crumbs(sums: Sums, w: Bytes, a: [Bytes; 4]) -> Sums {
+    let mut sums = sums;
+    for h in 0..2 {
+        sums[0] = along(sums[0], masked(w[h], 0x03), a[0][h]);
+        sums[1] = along(sums[1], masked(w[h], 0x0c), a[1][h]);
+        sums[2] = along(sums[2], masked(w[h], 0x30), a[2][h]);
+        sums[0] = along(sums[0], proven!(vreinterpretq_s8_u8(vshrq_n_u8::<6>(w[h]))), a[3][h]);
     }
-    acc
+    sums
+}
+
+/// Both nibbles of each byte.
+#[inline(always)]
+pub(crate) fn nibbles(sums: Sums, w: Bytes, a: [Bytes; 2]) -> Sums {
+    let mut sums = sums;
+    for h in 0..2 {
+        sums[0] = along(sums[0], masked(w[h], 15), a[0][h]);
+        sums[1] = along(sums[1], proven!(vreinterpretq_s8_u8(vshrq_n_u8::<4>(w[h]))), a[1][h]);
+    }
+    sums
+}
+
+/// Whole bytes.
+#[inline(always)]
+pub(crate) fn bytes(sums: Sums, w: Bytes, a: Bytes) -> Sums {
+    let mut sums = sums;
+    for h in 0..2 {
+        sums[h] = along(sums[h], proven!(vreinterpretq_s8_u8(w[h])), a[h]);
+    }
+    sums
+}
+
+/// `total` plus what those have added up. The shifts are exact.
+#[inline(always)]
+pub(crate) fn widen(total: int32x4_t, sums: Sums, bits: usize) -> int32x4_t {
+    proven!({
+        let [first, mut second, mut third] = sums;
+        if bits == 2 {
+            (second, third) = (vshrq_n_s32::<2>(second), vshrq_n_s32::<4>(third));
+        }
+        vaddq_s32(vaddq_s32(total, first), vaddq_s32(second, third))
+    })
+}
+
+/// `sum` plus the products of a row's bytes.
+#[inline(always)]
+fn along(sum: int32x4_t, w: int8x16_t, a: uint8x16_t) -> int32x4_t {
+    proven!(sdot(sum, w, vreinterpretq_s8_u8(a)))
 }
 
 /// `w & mask` in every byte.
@@ -111,17 +148,8 @@ fn masked(w: uint8x16_t, mask: u8) -> int8x16_t {
     proven!(vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(mask))))
 }
 
-/// The sum of products that [`crumbs`] has added up. The shifts are exact.
-#[inline(always)]
-pub(crate) fn crumbs_total(acc: [Ints; 3]) -> Ints {
-    let mut sums = acc[0];
-    for (i, sum) in sums.iter_mut().enumerate() {
-        *sum = proven!(vaddq_s32(*sum, vaddq_s32(vshrq_n_s32::<2>(acc[1][i]), vshrq_n_s32::<4>(acc[2][i]))));
-    }
-    sums
-}
-
 impl Dot for Sdot {
+    type Sums = Sums;
     const ISA: Isa = Isa::NeonDot;
 
     #[inline(always)]
@@ -144,12 +172,24 @@ impl Dot for Sdot {
     }
 
     #[inline(always)]
-    fn crumbs(_: Neon<Sdot>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-        crumbs(acc, w, a)
+    fn no_sums() -> Sums {
+        proven!([vdupq_n_s32(0); 3])
     }
     #[inline(always)]
-    fn crumbs_total(acc: [Ints; 3]) -> Ints {
-        crumbs_total(acc)
+    fn crumbs(sums: Sums, w: Bytes, a: [Bytes; 4]) -> Sums {
+        crumbs(sums, w, a)
+    }
+    #[inline(always)]
+    fn nibbles(sums: Sums, w: Bytes, a: [Bytes; 2]) -> Sums {
+        nibbles(sums, w, a)
+    }
+    #[inline(always)]
+    fn bytes(sums: Sums, w: Bytes, a: Bytes) -> Sums {
+        bytes(sums, w, a)
+    }
+    #[inline(always)]
+    fn widen(total: int32x4_t, sums: Sums, bits: usize) -> int32x4_t {
+        widen(total, sums, bits)
     }
 
     #[inline(always)]
@@ -158,10 +198,10 @@ impl Dot for Sdot {
     }
 
     #[inline(always)]
-    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
+    fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
         let mut sums = [proven!(vdupq_n_s32(0)); 4];
         for (sum, q) in sums.iter_mut().zip(rows) {
-            let [low, high] = nibbles(q);
+            let [low, high] = neon::nibbles(q);
             *sum = proven!(sdot(sdot(*sum, vreinterpretq_s8_u8(low), a[0]), vreinterpretq_s8_u8(high), a[1]));
         }
         add_across(sums)

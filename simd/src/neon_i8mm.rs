@@ -65,6 +65,7 @@ fn pair_tokens(first: int8x16_t, second: int8x16_t) -> [int8x16_t; 2] {
 pub(crate) struct Smmla;
 
 impl Dot for Smmla {
+    type Sums = neon_dot::Sums;
     const ISA: Isa = Isa::NeonI8mm;
 
     #[inline(always)]
@@ -135,19 +136,31 @@ impl Dot for Smmla {
     }
 
     #[inline(always)]
-    fn crumbs(_: Neon<Smmla>, acc: [Ints; 3], w: [Bytes; 2], a: &[i8; 32]) -> [Ints; 3] {
-        neon_dot::crumbs(acc, w, a)
+    fn no_sums() -> neon_dot::Sums {
+        proven!([vdupq_n_s32(0); 3])
     }
     #[inline(always)]
-    fn crumbs_total(acc: [Ints; 3]) -> Ints {
-        neon_dot::crumbs_total(acc)
+    fn crumbs(sums: neon_dot::Sums, w: Bytes, a: [Bytes; 4]) -> neon_dot::Sums {
+        neon_dot::crumbs(sums, w, a)
+    }
+    #[inline(always)]
+    fn nibbles(sums: neon_dot::Sums, w: Bytes, a: [Bytes; 2]) -> neon_dot::Sums {
+        neon_dot::nibbles(sums, w, a)
+    }
+    #[inline(always)]
+    fn bytes(sums: neon_dot::Sums, w: Bytes, a: Bytes) -> neon_dot::Sums {
+        neon_dot::bytes(sums, w, a)
+    }
+    #[inline(always)]
+    fn widen(total: int32x4_t, sums: neon_dot::Sums, bits: usize) -> int32x4_t {
+        neon_dot::widen(total, sums, bits)
     }
     #[inline(always)]
     fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t {
         Sdot::row(w, a, range)
     }
     #[inline(always)]
-    fn nibbles(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
-        Sdot::nibbles(rows, a)
+    fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
+        Sdot::nibbles_of_rows(rows, a)
     }
 }

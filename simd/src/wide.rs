@@ -82,6 +82,8 @@ pub(crate) trait Simd: Copy {
     type I: Copy;
     /// An f32 for each row.
     type F: Copy;
+    /// Sums of products of one row with one token, wherever they stand; with sixteen lanes, of two rows.
+    type Sums: Copy;
     /// The same ISA with eight rows in lanes; itself, unless `ROWS` is 16.
     type Eight: Eight;
 
@@ -90,10 +92,10 @@ pub(crate) trait Simd: Copy {
     const ROWS: usize;
     /// Blocks of one group multiplied in a turn of the loop: one, where the compiler makes enough of that.
     const TURN: usize = 1;
-    /// Groups of rows of two-bit weights read at once: as many as there are registers for the sums of [`Simd::crumbs`].
-    const CRUMB_STREAMS: usize = 4;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
     const TOKENS: usize = 4;
+    /// Whether [`Simd::Sums`] have room for four times 32 bytes of weights only, and must then be [`Simd::widen`]ed.
+    const NARROW: bool = false;
     /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
     /// one before it.
     const ANEW: bool = false;
@@ -147,6 +149,12 @@ pub(crate) trait Simd: Copy {
     /// `v`, computed before what follows: for compilers that put off a sum until they run out of registers.
     #[inline(always)]
     fn now(self, v: Self::F) -> Self::F {
+        v
+    }
+
+    /// `v`, computed before anything else is read: for compilers that otherwise read more ahead than there are registers.
+    #[inline(always)]
+    fn first(self, v: Self::F) -> Self::F {
         v
     }
 
@@ -215,40 +223,22 @@ pub(crate) trait Simd: Copy {
         acc
     }
 
-    /// Adds the products of 32 two-bit weights of each row with 32 activations to running sums, of which only
-    /// [`Simd::total`] knows the meaning. Bits 2c and 2c + 1 of the four bytes of `w[u]` are weights 16u + 4c.. .
-    #[inline(always)]
-    fn crumbs(self, acc: [Self::I; 3], w: [Self::B; 2], a: &[i8; 32]) -> [Self::I; 3] {
-        let mut codes = [w[0]; 8];
-        for (v, code) in codes.iter_mut().enumerate() {
-            *code = self.field(w[v / 4], 2 * (v % 4), 3);
-        }
-        [self.dot32(acc[0], codes, a, Range::Unsigned(3)), acc[1], acc[2]]
-    }
-    /// [`Simd::crumbs`] of `N` groups, at most 8.
-    #[inline(always)]
-    fn crumbs_of<const N: usize>(self, acc: [Self::I; 3], w: [[Self::B; 2]; N], a: [&[i8; 32]; N]) -> [Self::I; 3] {
-        let mut acc = acc;
-        unrolled!(g < N, {
-            acc = self.crumbs(acc, w[g], a[g]);
-        });
-        acc
-    }
-    /// [`Simd::crumbs`] for four-bit weights: bits 4c.. of `w[u]` are weights 8u + 4c.. .
-    #[inline(always)]
-    fn nibbles(self, acc: [Self::I; 3], w: [Self::B; 4], a: &[i8; 32]) -> [Self::I; 3] {
-        let mut codes = [w[0]; 8];
-        for (v, code) in codes.iter_mut().enumerate() {
-            *code = self.field(w[v / 2], 4 * (v % 2), 15);
-        }
-        [self.dot32(acc[0], codes, a, Range::Unsigned(15)), acc[1], acc[2]]
-    }
-    /// The sum of products behind what [`Simd::crumbs`] or [`Simd::nibbles`] have added up.
-    #[inline(always)]
-    fn total(self, acc: [Self::I; 3], bits: usize) -> Self::I {
-        let _ = bits;
-        acc[0]
-    }
+    /// The same 32 activations for the eight rows, or for both times eight.
+    fn along(self, a: &[i8; 32]) -> Self::B;
+    /// Two times 16 bytes for each.
+    fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> Self::B;
+    /// No sums yet.
+    fn no_sums(self) -> Self::Sums;
+    /// Adds the products of 32 bytes of a row, four weights to a byte, with the activations of the lowest to the highest two bits.
+    fn crumbs(self, sums: Self::Sums, w: Self::B, a: [Self::B; 4]) -> Self::Sums;
+    /// The same of two weights to a byte.
+    fn nibbles(self, sums: Self::Sums, w: Self::B, a: [Self::B; 2]) -> Self::Sums;
+    /// The same of a weight to a byte: [`Range::Full`].
+    fn bytes(self, sums: Self::Sums, w: Self::B, a: Self::B) -> Self::Sums;
+    /// `total` plus sums of products of weights of `bits` bits.
+    fn widen(self, total: Self::I, sums: Self::Sums, bits: usize) -> Self::I;
+    /// The sum of all lanes of each vector; with 16 of them, of their first eight each, then of their last eight each.
+    fn across_lanes(self, totals: [Self::I; 4]) -> [i32; 8];
 
     /// −bias·(sums[0] + sums[1]) in every lane: what a dot product of 32 biased weights starts from.
     fn start(self, sums: &[i16; 2], bias: i32) -> Self::I;
@@ -330,7 +320,7 @@ impl<B: Block> Product<'_, '_, '_, '_, B> {
     pub fn run<S: Simd>(self, s: S) {
         let Product { layout, w, row_bytes, x, out, .. } = self;
         if const { B::FORMAT.is_channel() } {
-            return channel::matmul::<S, B>(s, layout, w, row_bytes, x, out);
+            return channel::matmul::<S, B>(s, w, row_bytes, x, out);
         }
         let few_tokens = x.tokens < MANY;
         match layout {
@@ -571,6 +561,8 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     let group_bytes = block_bytes / per_block;
+    // Fewer streams reach further, so that as much is on its way.
+    let ahead = const { AHEAD * if N < 4 { 4 / N } else { 1 } };
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     for r in (0..each).step_by(S::ROWS) {
@@ -603,15 +595,20 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
                     block[i] = Vector::block(streams[i], b, block_bytes);
                     common[i] = unpack::common::<S, B, _>(s, &block[i]);
                 });
+                let (token, from) =
+                    if per_block > 1 { (Token::of(x, t, b * per_block, per_block), 0) } else { (token, b) };
                 for outer in 0..per_block / period {
                     unrolled!(inner < period, {
                         let g = outer * period + inner;
-                        let (a, da, sums) = token.group(b * per_block + g);
+                        let group = token.group(from + g);
                         unrolled!(i < N, {
                             for line in (0..group_bytes).step_by(64) {
-                                block[i].prefetch(s, g * group_bytes + line + AHEAD);
+                                block[i].prefetch(s, g * group_bytes + line + ahead);
                             }
-                            acc[i] = add_group::<S, B>(s, &block[i], &common[i], g, (a, da, sums), acc[i]);
+                            acc[i] = add_group::<S, B>(s, &block[i], &common[i], g, group, acc[i]);
+                            if per_block > 1 {
+                                acc[i] = s.first(acc[i]);
+                            }
                         });
                     });
                 }

@@ -121,15 +121,6 @@ fn interleaving_is_a_permutation() {
     Format::Q4_0.interleave(&rows, &mut dealt);
     assert_eq!(dealt[6..8], rows[3 * 18..][..2]);
     assert_eq!(dealt[16 + 32 + 12..][..4], rows[3 * 18 + 6..][..4]);
-    // W2C: the lowest bits of a word of 16 weights are weights 0, 1, 2, 3.
-    let weights = [0b11_10_01_00, 0b00_11_10_01, 0b01_00_11_10, 0b10_01_00_11];
-    let rows: Vec<u8> = (0..8).flat_map(|_| [weights, [0; 4]].concat()).collect();
-    let mut dealt = vec![0; rows.len()];
-    Format::W2C.interleave(&rows, &mut dealt);
-    let lowest: Vec<u8> = dealt[..4].iter().map(|b| b & 3).collect();
-    assert_eq!(lowest, [0, 1, 2, 3]);
-    let highest: Vec<u8> = dealt[..4].iter().map(|b| b >> 6).collect();
-    assert_eq!(highest, [3, 0, 1, 2]);
 }
 
 /// The packing of the mobile checkpoints: lowest bits first; 2-bit codes stand for −2..=1, 4-bit codes for −8..=7.
