@@ -55,6 +55,7 @@ impl<D: Dot> Simd for Ymm<D> {
     const ROWS: usize = 8;
     const ANEW: bool = D::ANEW;
     const NARROW: bool = D::NARROW;
+    const CRUMB_STREAMS: usize = if D::NARROW { 2 } else { 4 };
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]

@@ -9,22 +9,23 @@
 //! activations of its fields     0 4 8 .. 124 | 1 5 9 .. 125 | 2 6 .. 126 | 3 7 .. 127
 //! ```
 //!
-//! *Few tokens* ([`few`]): four rows far apart at a time, which are separate streams of memory and share their activations.
-//! *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to a weight.
+//! *Few tokens* ([`few`]): two to eight rows far apart at a time, which are separate streams of memory and share their
+//! activations. *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to
+//! a weight.
 //!
 //! Formats with the blocks of Q4_0, Q8_0 and TQ2_0 are the same once the blocks' scales are skipped.
 //!
 //! The sum of a row stays an i32 throughout: |q·a| ≤ 128·128, so up to 131 071 columns.
 
 use crate::format::Block;
-use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
+use crate::wide::{self, Eight, MANY, Range, Simd, further, unrolled};
 use crate::{Acts, Format, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
 #[inline(always)]
 pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
     let mut ordered = Vec::new();
-    let a = if const { in_order::<B>() } && x.cols.is_multiple_of(const { 32 * fields::<B>() }) {
+    let a = if const { in_order::<B>() } {
         x.q
     } else {
         for a in x.q.chunks_exact(x.cols) {
@@ -37,7 +38,10 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
     if x.tokens >= MANY {
         Panel::<S>::new().matmul::<B>(s, w, row_bytes, &tokens, out);
     } else {
-        few::<S, B>(s, w, row_bytes, &tokens, out);
+        match const { if bits::<B>() == 2 { S::CRUMB_STREAMS } else { 4 } } {
+            2 => few::<S, B, 2>(s, w, row_bytes, &tokens, out),
+            _ => few::<S, B, 4>(s, w, row_bytes, &tokens, out),
+        }
     }
     for t in 0..x.tokens {
         finish::<S, B>(&tokens, t, w.scale, out.row(t));
@@ -65,7 +69,8 @@ const fn piece<B: Block>(i: usize) -> [usize; 2] {
     }
 }
 
-/// Whether weights lie in the order of fields: one to a byte, or byte m of a piece with weights m, m + 32, m + 64, m + 96.
+/// Whether weights lie in the order of fields: one to a byte, or byte m of a piece with weights m, m + 32, m + 64, m + 96. Such rows
+/// are whole pieces.
 const fn in_order<B: Block>() -> bool {
     fields::<B>() == 1 || matches!(B::FORMAT, Format::Tq2_0C)
 }
@@ -83,15 +88,13 @@ fn by_fields<B: Block>(a: &[i8], to: &mut Vec<i8>) {
     let pieces = whole.chunks_exact(len).chain(last.chunks_exact(len));
     for (a, to) in pieces.zip(to[start..].chunks_exact_mut(len)) {
         let to = &mut to.as_chunks_mut().0[..const { fields::<B>() }];
-        match B::FORMAT {
-            // Byte m of a block has weights m and m + 16; a piece is two blocks.
-            Format::Q4_0C => {
-                for (m, half) in a.as_chunks::<16>().0.iter().enumerate() {
-                    to[m % 2][m / 2 * 16..][..16].copy_from_slice(half);
-                }
-            }
-            _ if const { in_order::<B>() } => to.as_flattened_mut().copy_from_slice(a),
-            _ => neighbours(a, to),
+        if !matches!(B::FORMAT, Format::Q4_0C) {
+            neighbours(a, to);
+            continue;
+        }
+        // Byte m of a block has weights m and m + 16; a piece is two blocks.
+        for (m, half) in a.as_chunks::<16>().0.iter().enumerate() {
+            to[m % 2][m / 2 * 16..][..16].copy_from_slice(half);
         }
     }
 }
@@ -143,10 +146,11 @@ fn range<S: Simd, B: Block>() -> (Range, i32) {
 fn finish<S: Simd, B: Block>(tokens: &Tokens, t: usize, row_scale: &[f32], out: &mut [f32]) {
     let of_16 = tokens.x.cols / 16;
     let sum: i32 = tokens.x.sums[t * of_16..][..of_16].iter().map(|a| *a as i32).sum();
-    let bias = range::<S, B>().1 * sum;
+    let bias = range::<S, B>().1.wrapping_mul(sum);
     let scale = tokens.x.scale[t];
     for (out, row_scale) in out.iter_mut().zip(row_scale) {
-        let isum = out.to_bits() as i32 - bias;
+        // In between, weights with a bias may not fit in 32 bits; their sum does.
+        let isum = (out.to_bits() as i32).wrapping_sub(bias);
         let isum = if B::NEGATIVE { -isum } else { isum };
         *out = isum as f32 * (row_scale * scale);
     }
@@ -189,34 +193,29 @@ unsafe fn load<S: Simd, B: Block>(s: S, rows: [&[u8]; 2], i: usize) -> S::B {
 
 // Few tokens.
 
-/// Vectors of rows read at once, as separate streams; the rows of one token share its activations.
-const STREAMS: usize = 4;
 /// Pieces multiplied in a turn of the loop.
 const TURN: usize = 4;
 
 #[inline(always)]
-fn few<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    let at_once = const { STREAMS * S::ROWS / 8 };
+fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
+    let at_once = const { N * S::ROWS / 8 };
     let rows = w.bytes.len() / row_bytes;
     let each = rows / at_once;
-    for r in 0..each {
-        streams::<S, B>(s, w.bytes, row_bytes, r, each, tokens, out);
-    }
-    if each * at_once == rows {
-        return;
-    }
-    // The last ones, some of them once more; or each on its own.
-    if rows > at_once {
-        return streams::<S, B>(s, w.bytes, row_bytes, rows - at_once, 1, tokens, out);
-    }
-    for r in 0..rows {
-        streams::<S, B>(s, w.bytes, row_bytes, r, 0, tokens, out);
+    // What is left over: the last rows, some of them once more; or each on its own.
+    let more = if rows > at_once { (each * at_once < rows) as usize } else { rows % at_once };
+    for r in 0..each + more {
+        let (first, step) = match r < each {
+            true => (r, each),
+            false if rows > at_once => (rows - at_once, 1),
+            false => (r, 0),
+        };
+        streams::<S, B, N>(s, w.bytes, row_bytes, first, step, tokens, out);
     }
 }
 
 /// The sums of rows `first`, `first + step`, ... with all tokens.
 #[inline(always)]
-fn streams<S: Simd, B: Block>(
+fn streams<S: Simd, B: Block, const N: usize>(
     s: S,
     w: &[u8],
     row_bytes: usize,
@@ -226,58 +225,58 @@ fn streams<S: Simd, B: Block>(
     out: &mut Tile,
 ) {
     let halves = const { S::ROWS / 8 };
-    assert!((first + (halves * STREAMS - 1) * step + 1) * row_bytes <= w.len());
-    let mut rows = [[&[][..]; 2]; STREAMS];
-    unrolled!(r < STREAMS, {
-        for half in 0..2 {
-            let from = (first + (half * (halves - 1) * STREAMS + r) * step) * row_bytes;
+    assert!((first + (halves * N - 1) * step + 1) * row_bytes <= w.len());
+    let mut rows = [[&[][..]; 2]; N];
+    unrolled!(r < N, {
+        rows[r] = [r, r + (halves - 1) * N].map(|row| {
+            let from = (first + row * step) * row_bytes;
             // SAFETY: the last of these rows ends within `w`, as just checked.
-            rows[r][half] = unsafe { w.get_unchecked(from..from + row_bytes) };
-        }
+            unsafe { w.get_unchecked(from..from + row_bytes) }
+        });
     });
     for t in 0..tokens.x.tokens {
-        let sums = sums::<S, B>(s, rows, tokens, t);
+        let sums = sums::<S, B, N>(s, rows, tokens, t);
         let out = &mut out.row(t)[first..];
-        for (i, sum) in sums.into_iter().enumerate().take(halves * STREAMS) {
-            out[i * step] = unfinished(sum);
+        for (half, sums) in sums.as_chunks::<4>().0.iter().enumerate().take(halves) {
+            for (i, &sum) in sums.iter().enumerate().take(N) {
+                out[(half * N + i) * step] = unfinished(sum);
+            }
         }
     }
 }
 
 /// The integer sums of some rows with token `t`.
 #[inline(always)]
-fn sums<S: Simd, B: Block>(s: S, rows: [[&[u8]; 2]; STREAMS], tokens: &Tokens, t: usize) -> [i32; 8] {
+fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], tokens: &Tokens, t: usize) -> [i32; 8] {
     let turn_bytes = const { piece::<B>(TURN)[0] - piece::<B>(0)[0] };
     let fields = const { fields::<B>() };
     let (whole, rest) = tokens.groups(t).split_at(tokens.whole * fields);
     let turns = whole.chunks_exact(TURN * fields);
-    let mut i = tokens.whole - turns.remainder().len() / fields;
-    let mut total = [s.splat(0); STREAMS];
-    let mut some = [s.no_sums(); STREAMS];
-    for a in turns.remainder().chunks_exact(fields) {
-        unrolled!(r < STREAMS, {
+    let done = tokens.whole - turns.remainder().len() / fields;
+    let mut total = [s.splat(0); N];
+    let mut some = [s.no_sums(); N];
+    for (i, a) in turns.remainder().chunks_exact(fields).enumerate() {
+        unrolled!(r < N, {
             // SAFETY: rows have as many whole pieces as the tokens.
-            some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], i) }, a);
+            some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], done + i) }, a);
             (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
         });
-        i += 1;
     }
     let mut ahead = rows;
     for a in turns {
-        unrolled!(r < STREAMS, {
-            s.prefetch_lines(ahead[r][0].as_ptr(), 0..turn_bytes.div_ceil(64));
-            if S::ROWS == 16 {
-                s.prefetch_lines(ahead[r][1].as_ptr(), 0..turn_bytes.div_ceil(64));
+        unrolled!(r < N, {
+            for row in &ahead[r][..S::ROWS / 8] {
+                s.prefetch_lines(row.as_ptr().wrapping_add(further(N)), 0..turn_bytes.div_ceil(64));
             }
         });
         unrolled!(u < TURN, {
-            unrolled!(r < STREAMS, {
+            unrolled!(r < N, {
                 // SAFETY: as above.
                 let w = unsafe { load::<S, B>(s, ahead[r], u) };
                 some[r] = add::<S, B>(s, some[r], w, &a[u * fields..][..fields]);
             });
         });
-        unrolled!(r < STREAMS, {
+        unrolled!(r < N, {
             if S::NARROW {
                 (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
             }
@@ -285,14 +284,16 @@ fn sums<S: Simd, B: Block>(s: S, rows: [[&[u8]; 2]; STREAMS], tokens: &Tokens, t
             ahead[r] = ahead[r].map(|row| unsafe { row.get_unchecked(turn_bytes..) });
         });
     }
-    unrolled!(r < STREAMS, {
+    unrolled!(r < N, {
         if !rest.is_empty() {
             let last = rows[r].map(|row| padded::<B>(row, tokens.whole));
             some[r] = add::<S, B>(s, some[r], s.load(last.each_ref()), rest);
         }
         total[r] = s.widen(total[r], some[r], bits::<B>());
     });
-    s.across_lanes(total)
+    let mut four = [s.splat(0); 4];
+    four[..N].copy_from_slice(&total);
+    s.across_lanes(four)
 }
 
 /// Adds the products of a piece with the activations of its fields.

@@ -94,6 +94,8 @@ pub(crate) trait Simd: Copy {
     const TURN: usize = 1;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
     const TOKENS: usize = 4;
+    /// Rows of two-bit weights read at once, or pairs of rows: 4, or 2 where there are registers for no more.
+    const CRUMB_STREAMS: usize = 4;
     /// Whether [`Simd::Sums`] have room for four times 32 bytes of weights only, and must then be [`Simd::widen`]ed.
     const NARROW: bool = false;
     /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
@@ -237,7 +239,8 @@ pub(crate) trait Simd: Copy {
     fn bytes(self, sums: Self::Sums, w: Self::B, a: Self::B) -> Self::Sums;
     /// `total` plus sums of products of weights of `bits` bits.
     fn widen(self, total: Self::I, sums: Self::Sums, bits: usize) -> Self::I;
-    /// The sum of all lanes of each vector; with 16 of them, of their first eight each, then of their last eight each.
+    /// The sum of all lanes of each vector; with 16 of them, of their first eight each, then, in the second half, of their last
+    /// eight each.
     fn across_lanes(self, totals: [Self::I; 4]) -> [i32; 8];
 
     /// −bias·(sums[0] + sums[1]) in every lane: what a dot product of 32 biased weights starts from.
@@ -561,8 +564,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     let group_bytes = block_bytes / per_block;
-    // Fewer streams reach further, so that as much is on its way.
-    let ahead = const { AHEAD * if N < 4 { 4 / N } else { 1 } };
+    let ahead = const { AHEAD + further(N) };
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     for r in (0..each).step_by(S::ROWS) {
@@ -672,6 +674,11 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
 
 /// How far ahead of a stream its bytes are asked for.
 pub(crate) const AHEAD: usize = 2048;
+
+/// How much further, where there are so few streams: so that as much is on its way.
+pub(crate) const fn further(streams: usize) -> usize {
+    if streams < 4 { (4 / streams - 1) * AHEAD } else { 0 }
+}
 
 // Many tokens.
 
