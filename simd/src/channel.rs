@@ -196,63 +196,76 @@ unsafe fn load<S: Simd, B: Block>(s: S, rows: [&[u8]; 2], i: usize) -> S::B {
 /// Pieces multiplied in a turn of the loop.
 const TURN: usize = 4;
 
+/// `N` streams.
 #[inline(always)]
 fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    let at_once = const { N * S::ROWS / 8 };
+    // Rows that `rows_at_once` takes, how many of them of each stream, and the rows of a stream.
+    let at_once = const { 4 * S::ROWS / 8 };
+    let together = const { 4 / N };
     let rows = w.bytes.len() / row_bytes;
-    let each = rows / at_once;
-    // What is left over: the last rows, some of them once more; or each on its own.
-    let more = if rows > at_once { (each * at_once < rows) as usize } else { rows % at_once };
-    for r in 0..each + more {
-        let (first, step) = match r < each {
-            true => (r, each),
-            false if rows > at_once => (rows - at_once, 1),
-            false => (r, 0),
-        };
-        streams::<S, B, N>(s, w.bytes, row_bytes, first, step, tokens, out);
-    }
-}
-
-/// The sums of rows `first`, `first + step`, ... with all tokens.
-#[inline(always)]
-fn streams<S: Simd, B: Block, const N: usize>(
-    s: S,
-    w: &[u8],
-    row_bytes: usize,
-    first: usize,
-    step: usize,
-    tokens: &Tokens,
-    out: &mut Tile,
-) {
-    let halves = const { S::ROWS / 8 };
-    assert!((first + (halves * N - 1) * step + 1) * row_bytes <= w.len());
-    let mut rows = [[&[][..]; 2]; N];
-    unrolled!(r < N, {
-        rows[r] = [r, r + (halves - 1) * N].map(|row| {
-            let from = (first + row * step) * row_bytes;
-            // SAFETY: the last of these rows ends within `w`, as just checked.
-            unsafe { w.get_unchecked(from..from + row_bytes) }
-        });
-    });
+    let each = rows / at_once * together;
+    // Rows of one token after another: they stay in a cache meanwhile.
     for t in 0..tokens.x.tokens {
-        let sums = sums::<S, B, N>(s, rows, tokens, t);
-        let out = &mut out.row(t)[first..];
-        for (half, sums) in sums.as_chunks::<4>().0.iter().enumerate().take(halves) {
-            for (i, &sum) in sums.iter().enumerate().take(N) {
-                out[(half * N + i) * step] = unfinished(sum);
-            }
+        let (a, out) = (tokens.groups(t), &mut out.row(t)[..rows]);
+        for r in (0..each).step_by(together) {
+            rows_at_once::<S, B, N>(s, w.bytes, row_bytes, r, [each, 1], a, tokens.whole, out);
+        }
+        // What is left over: the last rows, some of them once more; or each on its own.
+        let over = rows % at_once;
+        let (n, step) = if rows > at_once { ((over > 0) as usize, [1, N]) } else { (over, [0, 0]) };
+        for r in 0..n {
+            let first = if rows > at_once { rows - at_once } else { r };
+            rows_at_once::<S, B, N>(s, w.bytes, row_bytes, first, step, a, tokens.whole, out);
         }
     }
 }
 
-/// The integer sums of some rows with token `t`.
+/// The integer sums of four or eight rows with one token: from `first` on, `N` of them `step[0]` apart, then those `step[1]`
+/// further.
 #[inline(always)]
-fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], tokens: &Tokens, t: usize) -> [i32; 8] {
+#[allow(clippy::too_many_arguments)]
+fn rows_at_once<S: Simd, B: Block, const N: usize>(
+    s: S,
+    w: &[u8],
+    row_bytes: usize,
+    first: usize,
+    step: [usize; 2],
+    a: &[[i8; 32]],
+    whole: usize,
+    out: &mut [f32],
+) {
+    let halves = const { S::ROWS / 8 };
+    let row = |i: usize| first + i % N * step[0] + i / N * step[1];
+    // With sixteen lanes, the other half of the streams.
+    let other = const { (S::ROWS / 8 - 1) * N } * step[0];
+    assert!((row(3) + other + 1) * row_bytes <= w.len());
+    let mut total = [s.splat(0); 4];
+    for at in (0..4).step_by(N) {
+        let mut rows = [[&[][..]; 2]; N];
+        unrolled!(r < N, {
+            rows[r] = [row(at + r), row(at + r) + other].map(|row| {
+                // SAFETY: the last of these rows ends within `w`, as just checked.
+                unsafe { w.get_unchecked(row * row_bytes..(row + 1) * row_bytes) }
+            });
+        });
+        total[at..at + N].copy_from_slice(&sums::<S, B, N>(s, rows, a, whole));
+    }
+    let sums = s.across_lanes(total);
+    for half in 0..halves {
+        for i in 0..4 {
+            out[row(i) + half * other] = unfinished(sums[4 * half + i]);
+        }
+    }
+}
+
+/// The sums of `N` rows, or pairs of rows, of `whole` pieces and perhaps part of another; some in each lane.
+#[inline(always)]
+fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], a: &[[i8; 32]], whole: usize) -> [S::I; N] {
     let turn_bytes = const { piece::<B>(TURN)[0] - piece::<B>(0)[0] };
     let fields = const { fields::<B>() };
-    let (whole, rest) = tokens.groups(t).split_at(tokens.whole * fields);
-    let turns = whole.chunks_exact(TURN * fields);
-    let done = tokens.whole - turns.remainder().len() / fields;
+    let (a, rest) = a.split_at(whole * fields);
+    let turns = a.chunks_exact(TURN * fields);
+    let done = whole - turns.remainder().len() / fields;
     let mut total = [s.splat(0); N];
     let mut some = [s.no_sums(); N];
     for (i, a) in turns.remainder().chunks_exact(fields).enumerate() {
@@ -286,14 +299,12 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], tokens: 
     }
     unrolled!(r < N, {
         if !rest.is_empty() {
-            let last = rows[r].map(|row| padded::<B>(row, tokens.whole));
+            let last = rows[r].map(|row| padded::<B>(row, whole));
             some[r] = add::<S, B>(s, some[r], s.load(last.each_ref()), rest);
         }
         total[r] = s.widen(total[r], some[r], bits::<B>());
     });
-    let mut four = [s.splat(0); 4];
-    four[..N].copy_from_slice(&total);
-    s.across_lanes(four)
+    total
 }
 
 /// Adds the products of a piece with the activations of its fields.
