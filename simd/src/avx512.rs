@@ -278,8 +278,13 @@ impl Simd for Zmm {
     }
     #[inline(always)]
     fn across_lanes(self, totals: [__m512i; 4]) -> [i32; 8] {
-        let low = self.0.across_lanes(totals.map(|v| proven!(_mm512_castsi512_si256(v))));
-        let high = self.0.across_lanes(totals.map(|v| proven!(_mm512_extracti64x4_epi64::<1>(v))));
+        let mut low = [proven!(_mm256_setzero_si256()); 4];
+        let mut high = low;
+        for (i, total) in totals.into_iter().enumerate() {
+            low[i] = proven!(_mm512_castsi512_si256(total));
+            high[i] = proven!(_mm512_extracti64x4_epi64::<1>(total));
+        }
+        let (low, high) = (self.0.across_lanes(low), self.0.across_lanes(high));
         [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
     }
 

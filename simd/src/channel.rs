@@ -28,8 +28,10 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
     let a = if const { in_order::<B>() } {
         x.q
     } else {
-        for a in x.q.chunks_exact(x.cols) {
-            by_fields::<B>(a, &mut ordered);
+        let len = x.cols.next_multiple_of(const { 32 * fields::<B>() });
+        ordered.resize(x.tokens * len, 0);
+        for (a, to) in x.q.chunks_exact(x.cols).zip(ordered.chunks_exact_mut(len)) {
+            by_fields::<B>(a, to);
         }
         &ordered
     };
@@ -75,18 +77,16 @@ const fn in_order<B: Block>() -> bool {
     fields::<B>() == 1 || matches!(B::FORMAT, Format::Tq2_0C)
 }
 
-/// Appends the activations of a token in the order of the fields, with zeros up to a whole piece.
+/// The activations of a token in the order of the fields, with zeros up to a whole piece.
 #[inline(always)]
-fn by_fields<B: Block>(a: &[i8], to: &mut Vec<i8>) {
+fn by_fields<B: Block>(a: &[i8], to: &mut [i8]) {
     let len = const { 32 * fields::<B>() };
-    let start = to.len();
-    to.resize(start + a.len().next_multiple_of(len), 0);
     let (whole, rest) = a.split_at(a.len() / len * len);
     let mut last = [0; 128];
     last[..rest.len()].copy_from_slice(rest);
     let last = &last[..if rest.is_empty() { 0 } else { len }];
     let pieces = whole.chunks_exact(len).chain(last.chunks_exact(len));
-    for (a, to) in pieces.zip(to[start..].chunks_exact_mut(len)) {
+    for (a, to) in pieces.zip(to.chunks_exact_mut(len)) {
         let to = &mut to.as_chunks_mut().0[..const { fields::<B>() }];
         if !matches!(B::FORMAT, Format::Q4_0C) {
             neighbours(a, to);
@@ -324,7 +324,7 @@ const CHUNK: usize = 32;
 
 /// Up to [`CHUNK`] groups of `S::ROWS` rows, a weight to a byte: eight vectors a group, four weights of each row in each;
 /// with 16 rows, the two vectors of a step side by side.
-#[repr(align(64))]
+#[repr(C, align(64))]
 struct Panel<S: Simd> {
     q: [[u8; 32]; 16 * CHUNK],
     /// Running sums of every token.
@@ -403,7 +403,10 @@ impl<S: Simd> Panel<S> {
             let words = s.transpose(words);
             for f in 0..fields {
                 let out = &mut self.q[8 * Self::GROUPS * (fields * k + f)..][..8 * Self::GROUPS];
-                let codes = words.map(|word| s.field(word, f * bits::<B>(), mask));
+                let mut codes = words;
+                for code in &mut codes {
+                    *code = s.field(*code, f * bits::<B>(), mask);
+                }
                 for (v, code) in s.panel(codes).into_iter().enumerate() {
                     s.store(code, &mut out[v * Self::GROUPS + half]);
                 }

@@ -308,7 +308,8 @@ impl<D: Dot> Simd for Neon<D> {
     }
     #[inline(always)]
     fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> Bytes {
-        groups[0].map(|half| proven!(vld1q_u8(half.as_ptr())))
+        let [first, second] = groups[0];
+        proven!([vld1q_u8(first.as_ptr()), vld1q_u8(second.as_ptr())])
     }
     #[inline(always)]
     fn no_sums(self) -> D::Sums {
@@ -333,7 +334,8 @@ impl<D: Dot> Simd for Neon<D> {
     #[inline(always)]
     fn across_lanes(self, totals: [Ints; 4]) -> [i32; 8] {
         let mut sums = [0; 8];
-        proven!(vst1q_s32(sums.as_mut_ptr(), add_across(totals.map(|total| total[0]))));
+        let rows = [totals[0][0], totals[1][0], totals[2][0], totals[3][0]];
+        proven!(vst1q_s32(sums.as_mut_ptr(), add_across(rows)));
         sums
     }
     #[inline(always)]

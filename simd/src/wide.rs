@@ -107,7 +107,8 @@ pub(crate) trait Simd: Copy {
     /// The proof. `None` if this CPU lacks the ISA.
     fn new() -> Option<Self>;
     fn eight(self) -> Self::Eight;
-    /// The product, compiled for this ISA.
+    /// The product, compiled for this ISA. What is inlined there must call the methods below in loops: a closure given to `map`
+    /// stays code of its own, without the ISA's instructions.
     fn enter<B: Block>(self, product: Product<B>);
 
     fn load(self, groups: [&[u8; 32]; 2]) -> Self::B;
