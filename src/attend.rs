@@ -15,10 +15,10 @@
 use std::ops::Range;
 
 use gemrun_simd::Ops;
-use gemrun_simd::vec::nibble_bytes;
+use gemrun_simd::vec::line_groups;
 
 use crate::config::LayerConfig;
-use crate::kv::{BLOCK, Kv, Run};
+use crate::kv::{BLOCK, Kv, PANEL, Run};
 use crate::team::Team;
 
 /// Scores computed before they are used: fewer would mean more regions, more would not stay in a core's cache.
@@ -98,7 +98,7 @@ impl Attention<'_> {
         let order = kv.key_order(kv_layer);
         let queries = sized(&mut scratch.queries, q.len());
         for (kv_head, queries) in queries.chunks_exact_mut(lines * dim).enumerate() {
-            for group in groups(0..lines) {
+            for group in line_groups(0..lines) {
                 let out = &mut queries[group.start * dim..group.end * dim];
                 for (i, line) in group.clone().enumerate() {
                     let head = (line / shared) * heads + kv_head * shared + line % shared;
@@ -112,19 +112,20 @@ impl Attention<'_> {
         team.grid(scores, kv_heads * span, LINES, BLOCK, |lines_here, columns, mut tile| {
             let (kv_head, block) = (columns.start / span, blocks.start + columns.start % span / BLOCK);
             let (keys, _) = kv.block(kv_layer, kv_head, block);
-            for group in groups(lines_here.clone()) {
+            // Of the tile's groups of lines those that see something of the block.
+            let sees = |group: &Range<usize>| {
                 let (oldest, newest) = (seen(group.start / shared), seen((group.end - 1) / shared));
-                if (block + 1) * BLOCK <= oldest.start || newest.end <= block * BLOCK {
-                    continue;
-                }
-                let q = &queries[(kv_head * lines + group.start) * dim..][..group.len() * dim];
-                let mut tile = tile.lines(group.start - lines_here.start..group.end - lines_here.start);
-                match keys {
-                    Run::F32(keys) => ops.scores_f32(&mut tile, q, keys),
-                    Run::F16(keys) => ops.scores_f16(&mut tile, q, keys),
-                    Run::I8(keys, scale) => ops.scores_i8(&mut tile, q, keys, scale),
-                    Run::I4(keys, scale) => ops.scores_i4(&mut tile, q, keys, scale),
-                }
+                oldest.start < (block + 1) * BLOCK && block * BLOCK < newest.end
+            };
+            let see = line_groups(lines_here.clone()).filter(sees);
+            let Some(see) = see.reduce(|all, group| all.start..group.end) else { return };
+            let q = &queries[(kv_head * lines + see.start) * dim..][..see.len() * dim];
+            let mut tile = tile.lines(see.start - lines_here.start..see.end - lines_here.start);
+            match keys {
+                Run::F32(keys) => ops.scores_f32(&mut tile, q, keys),
+                Run::F16(keys) => ops.scores_f16(&mut tile, q, keys),
+                Run::I8(keys, scale) => ops.scores_i8(&mut tile, q, keys, scale),
+                Run::I4(keys, scale) => ops.scores_i4(&mut tile, q, keys, scale),
             }
         });
 
@@ -135,10 +136,10 @@ impl Attention<'_> {
             }
         });
 
-        // With few tokens the columns are shared out too.
-        let most = shared * span * dim / SOME_PRODUCTS;
-        let parts = (4 * team.threads()).div_ceil(tokens.len() * kv_heads).min(most).max(1);
-        let width = dim.div_ceil(parts).next_multiple_of(16); // as nibbles lie
+        // With few tokens the columns are shared out too, in parts as wide as will do: they are read end to end.
+        let most = if team.threads() == 1 { 1 } else { shared * span * dim / SOME_PRODUCTS };
+        let parts = (2 * team.threads()).div_ceil(tokens.len() * kv_heads).min(most).max(1);
+        let width = dim.div_ceil(parts).next_multiple_of(PANEL);
         team.grid(o, dim, shared, width, |heads_here, columns, mut tile| {
             let (t, kv_head) = (heads_here.start / heads, heads_here.start % heads / shared);
             (0..shared).for_each(|line| tile.row(line).fill(0.0));
@@ -150,18 +151,17 @@ impl Attention<'_> {
                 let end = ((start / BLOCK + 1) * BLOCK).min(seen.end);
                 let (_, values) = kv.block(kv_layer, kv_head, start / BLOCK);
                 let weights = &weights[start - origin..];
-                let (first, last) = (start % BLOCK, (end - 1) % BLOCK);
-                let run = first * dim + columns.start..last * dim + columns.end;
+                let positions = start % BLOCK..(end - 1) % BLOCK + 1;
+                let panels = columns.start * BLOCK..columns.end.next_multiple_of(PANEL) * BLOCK;
                 match values {
-                    Run::F32(values) => ops.weigh_f32(&mut tile, weights, stride, &values[run], dim),
-                    Run::F16(values) => ops.weigh_f16(&mut tile, weights, stride, &values[run], dim),
+                    Run::F32(values) => ops.weigh_f32(&mut tile, weights, stride, &values[panels], positions),
+                    Run::F16(values) => ops.weigh_f16(&mut tile, weights, stride, &values[panels], positions),
                     Run::I8(values, scale) => {
-                        ops.weigh_i8(&mut tile, weights, stride, &values[run], &scale[first..=last], dim);
+                        ops.weigh_i8(&mut tile, weights, stride, &values[panels], scale, positions);
                     }
                     Run::I4(values, scale) => {
-                        let row = nibble_bytes(dim);
-                        let run = first * row + nibble_bytes(columns.start)..last * row + nibble_bytes(columns.end);
-                        ops.weigh_i4(&mut tile, weights, stride, &values[run], &scale[first..=last], row);
+                        let panels = panels.start / 2..panels.end / 2;
+                        ops.weigh_i4(&mut tile, weights, stride, &values[panels], scale, positions);
                     }
                 }
                 start = end;
@@ -176,19 +176,4 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
         buffer.resize(len, 0.0);
     }
     &mut buffer[..len]
-}
-
-/// Splits lines, beginning at a multiple of four, into groups of four, then two, then one.
-fn groups(lines: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let mut start = lines.start;
-    std::iter::from_fn(move || {
-        let size = match lines.end - start {
-            0 => return None,
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
-        };
-        start += size;
-        Some(start - size..start)
-    })
 }

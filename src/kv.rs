@@ -6,12 +6,12 @@
 //! be taken back. A layer that shares another's cache has none here; [`Config`] says whose it reads.
 //!
 //! ```text
-//! values of a block:   head 0: position 0 … 63   head 1: position 0 … 63   …      each position: head_dim values
-//! keys of a block:     head 0: dimension after dimension   head 1: …               each dimension: 64 positions
+//! keys of a block:     head 0: panels of 16 positions    head 1: …      a panel: dimension after dimension of its positions
+//! values of a block:   head 0: panels of 16 dimensions   head 1: …      a panel: position after position, its dimensions
 //! ring of 4:           position p lives in block (p / 64) % 4, slot p % 64
 //! ```
 //!
-//! So attention finds 64 keys side by side, which is how it multiplies them with a query, and each value in one piece.
+//! So attention reads one panel after the other from end to end, sixteen numbers at a time, see [`Ops::scores_f32`].
 //! Integers are stored with one scale for each head and position: the file's own, or one made of the largest magnitude. They
 //! are rounded when they are written, so every query, that of the same token included, reads the same. Attention is not
 //! computed here; [`disk`] keeps a cache as a file.
@@ -21,13 +21,16 @@ pub mod disk;
 use std::ops::Range;
 
 use gemrun_simd::Ops;
-use gemrun_simd::vec::{key_order, nibble_bytes};
+use gemrun_simd::vec::key_order;
 
 use crate::config::{Config, KvScale};
 use crate::{Error, Kind, Result};
 
 /// Positions per block.
 pub const BLOCK: usize = gemrun_simd::vec::KEYS;
+
+/// Numbers of a row of a panel.
+pub const PANEL: usize = gemrun_simd::vec::PANEL;
 
 /// Positions a sliding layer keeps beyond its window and one chunk, so that this many tokens can be taken back
 /// (`/undo`, `/regen`, an edited prompt) without computing the window again.
@@ -98,12 +101,10 @@ impl Form {
         }
     }
 
-    /// Elements that `n` rows of `len` values take.
-    fn elements(self, n: usize, len: usize) -> usize {
-        match self {
-            Form::I4(_) => n * nibble_bytes(len),
-            Form::F32 | Form::F16 | Form::I8(_) => n * len,
-        }
+    /// Elements of panels of `rows` rows for `columns` columns, sixteen in each.
+    fn elements(self, rows: usize, columns: usize) -> usize {
+        let numbers = rows * columns.next_multiple_of(PANEL);
+        if let Form::I4(_) = self { numbers / 2 } else { numbers }
     }
 
     /// Bytes of so many elements, and of the scales of so many rows.
@@ -143,7 +144,8 @@ struct Layer {
     since: usize,
 }
 
-/// [`BLOCK`] positions: (kv_heads, head_dim, BLOCK) keys and (kv_heads, BLOCK, head_dim) values.
+/// [`BLOCK`] positions: (kv_heads, BLOCK / PANEL, head_dim, PANEL) keys and (kv_heads, head_dim / PANEL, BLOCK, PANEL) values, the
+/// last panel filled up.
 struct Block {
     keys: Store,
     values: Store,
@@ -189,72 +191,72 @@ impl Store {
         })
     }
 
-    /// Stores `value`, the one of a head at slot `slot`.
+    /// Stores `value`, the one of a head at slot `slot`: a row in each panel.
     fn write(&mut self, head: usize, slot: usize, value: &[f32], ops: &Ops) {
-        let (dim, row) = (value.len(), head * BLOCK + slot);
-        match self {
-            Store::F32(store) => store[row * dim..][..dim].copy_from_slice(value),
-            Store::F16(store) => ops.store_f16(&mut store[row * dim..][..dim], value),
-            Store::I8(scale, store, scales) => {
-                let scale = scale.of(value, 127, &mut scales[row], ops);
-                ops.store_i8(&mut store[row * dim..][..dim], value, scale, 127);
-            }
-            Store::I4(scale, store, scales) => {
-                let scale = scale.of(value, 7, &mut scales[row], ops);
-                let bytes = nibble_bytes(dim);
-                let store = &mut store[row * bytes..][..bytes];
-                for (value, store) in value.chunks(SOME).zip(store.chunks_mut(nibble_bytes(SOME))) {
-                    let mut integers = [0; SOME];
-                    ops.store_i8(&mut integers[..value.len()], value, scale, 7);
-                    for (sixteen, bytes) in integers.as_chunks::<16>().0.iter().zip(store.as_chunks_mut::<8>().0) {
-                        *bytes = std::array::from_fn(|i| (sixteen[i] & 15 | sixteen[i + 8] << 4) as u8);
-                    }
+        let panels = value.len().div_ceil(PANEL);
+        let scale = self.scale(head, slot, value, ops);
+        for (i, part) in value.chunks(PANEL).enumerate() {
+            let row = (head * panels + i) * BLOCK + slot;
+            match self {
+                Store::F32(store) => store[row * PANEL..][..part.len()].copy_from_slice(part),
+                Store::F16(store) => ops.store_f16(&mut store[row * PANEL..][..part.len()], part),
+                Store::I8(_, store, _) => ops.store_i8(&mut store[row * PANEL..][..part.len()], part, scale, 127),
+                Store::I4(_, store, _) => {
+                    let mut q = [0; PANEL];
+                    ops.store_i8(&mut q[..part.len()], part, scale, 7);
+                    let bytes: [u8; PANEL / 2] = std::array::from_fn(|i| (q[i] & 15 | q[i + PANEL / 2] << 4) as u8);
+                    store[row * PANEL / 2..][..PANEL / 2].copy_from_slice(&bytes);
                 }
             }
         }
     }
 
-    /// Stores `key`, the one of a head at slot `slot`, its dimensions in `order`, each [`BLOCK`] after the one before.
+    /// Stores `key`, the one of a head at slot `slot`: a column of one panel, its dimensions in `order`.
     fn scatter(&mut self, head: usize, slot: usize, key: &[f32], order: &[usize], ops: &Ops) {
         let (mut values, mut halves, mut integers) = ([0.0; SOME], [0; SOME], [0; SOME]);
-        let scale = match self {
-            Store::F32(_) | Store::F16(_) => 1.0,
-            Store::I8(scale, _, scales) => scale.of(key, 127, &mut scales[head * BLOCK + slot], ops),
-            Store::I4(scale, _, scales) => scale.of(key, 7, &mut scales[head * BLOCK + slot], ops),
-        };
+        let scale = self.scale(head, slot, key, ops);
         for (i, order) in order.chunks(SOME).enumerate() {
             let values = &mut values[..order.len()];
             values.iter_mut().zip(order).for_each(|(value, &d)| *value = key[d]);
-            let row = head * key.len() + i * SOME;
+            let row = (head * BLOCK + slot) / PANEL * key.len() + i * SOME;
+            let first = row * PANEL + slot % PANEL;
             match self {
                 Store::F32(store) => {
-                    let slots = store[row * BLOCK + slot..].iter_mut().step_by(BLOCK);
+                    let slots = store[first..].iter_mut().step_by(PANEL);
                     slots.zip(values).for_each(|(slot, value)| *slot = *value);
                 }
                 Store::F16(store) => {
                     let halves = &mut halves[..order.len()];
                     ops.store_f16(halves, values);
-                    let slots = store[row * BLOCK + slot..].iter_mut().step_by(BLOCK);
+                    let slots = store[first..].iter_mut().step_by(PANEL);
                     slots.zip(halves).for_each(|(slot, half)| *slot = *half);
                 }
                 Store::I8(_, store, _) => {
                     let integers = &mut integers[..order.len()];
                     ops.store_i8(integers, values, scale, 127);
-                    let slots = store[row * BLOCK + slot..].iter_mut().step_by(BLOCK);
+                    let slots = store[first..].iter_mut().step_by(PANEL);
                     slots.zip(integers).for_each(|(slot, integer)| *slot = *integer);
                 }
                 Store::I4(_, store, _) => {
                     let integers = &mut integers[..order.len()];
                     ops.store_i8(integers, values, scale, 7);
-                    let high = slot % 16 >= 8;
-                    let first = row * nibble_bytes(BLOCK) + slot / 16 * 8 + slot % 8;
-                    let slots = store[first..].iter_mut().step_by(nibble_bytes(BLOCK));
+                    let high = slot % PANEL >= PANEL / 2;
+                    let slots = store[row * PANEL / 2 + slot % (PANEL / 2)..].iter_mut().step_by(PANEL / 2);
                     for (slot, integer) in slots.zip(integers) {
                         let nibble = *integer as u8 & 15;
                         *slot = if high { *slot & 15 | nibble << 4 } else { *slot & 0xf0 | nibble };
                     }
                 }
             }
+        }
+    }
+
+    /// What to divide `x`, a head's key or value at slot `slot`, by; stored with it.
+    fn scale(&mut self, head: usize, slot: usize, x: &[f32], ops: &Ops) -> f32 {
+        match self {
+            Store::F32(_) | Store::F16(_) => 1.0,
+            Store::I8(scale, _, scales) => scale.of(x, 127, &mut scales[head * BLOCK + slot], ops),
+            Store::I4(scale, _, scales) => scale.of(x, 7, &mut scales[head * BLOCK + slot], ops),
         }
     }
 
@@ -399,7 +401,8 @@ impl Kv {
         self.layers[il].as_ref().map_or(&[], |layer| &layer.order)
     }
 
-    /// Keys (head_dim, BLOCK), their dimensions in [`Kv::key_order`], and values (BLOCK, head_dim) of one head of layer `il` at positions `block * BLOCK` and after.
+    /// Panels of keys, their dimensions in [`Kv::key_order`], and of values of one head of layer `il` at positions
+    /// `block * BLOCK` and after.
     /// Slots of positions that were never written, or not since a ring came round, hold other numbers.
     pub fn block(&self, il: usize, head: usize, block: usize) -> (Run<'_>, Run<'_>) {
         let layer = self.layers[il].as_ref().expect("attention reads layers that own a cache");
@@ -510,22 +513,26 @@ mod tests {
     fn read(kv: &Kv, il: usize, head: usize, dim: usize, position: usize) -> (Vec<f32>, Vec<f32>) {
         let (keys, values) = kv.block(il, head, position / BLOCK);
         let slot = position % BLOCK;
-        let nibble = |bytes: &[u8], at: usize| ((bytes[at / 16 * 8 + at % 8] >> (at % 16 / 8 * 4)) as i8) << 4 >> 4;
-        let row = nibble_bytes(dim);
+        let nibble = |bytes: &[u8], at: usize| ((bytes[at % 8] >> (at / 8 * 4)) as i8) << 4 >> 4;
+        let (panel, column) = (slot / PANEL * dim, slot % PANEL);
         let mut key = vec![f32::NAN; dim];
         for (r, &d) in kv.key_order(il).iter().enumerate() {
+            let row = (panel + r) * PANEL;
             key[d] = match keys {
-                Run::F32(keys) => keys[r * BLOCK + slot],
-                Run::F16(keys) => gemrun_simd::half::f16_to_f32(keys[r * BLOCK + slot]),
-                Run::I8(keys, scale) => f32::from(keys[r * BLOCK + slot]) * scale[slot],
-                Run::I4(keys, scale) => f32::from(nibble(&keys[r * 32..], slot)) * scale[slot],
+                Run::F32(keys) => keys[row + column],
+                Run::F16(keys) => gemrun_simd::half::f16_to_f32(keys[row + column]),
+                Run::I8(keys, scale) => f32::from(keys[row + column]) * scale[slot],
+                Run::I4(keys, scale) => f32::from(nibble(&keys[row / 2..], column)) * scale[slot],
             };
         }
-        let value = |d: usize| match values {
-            Run::F32(values) => values[slot * dim + d],
-            Run::F16(values) => gemrun_simd::half::f16_to_f32(values[slot * dim + d]),
-            Run::I8(values, scale) => f32::from(values[slot * dim + d]) * scale[slot],
-            Run::I4(values, scale) => f32::from(nibble(&values[slot * row..], d)) * scale[slot],
+        let value = |d: usize| {
+            let (row, column) = ((d / PANEL * BLOCK + slot) * PANEL, d % PANEL);
+            match values {
+                Run::F32(values) => values[row + column],
+                Run::F16(values) => gemrun_simd::half::f16_to_f32(values[row + column]),
+                Run::I8(values, scale) => f32::from(values[row + column]) * scale[slot],
+                Run::I4(values, scale) => f32::from(nibble(&values[row / 2..], column)) * scale[slot],
+            }
         };
         (key, (0..dim).map(value).collect())
     }

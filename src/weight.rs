@@ -445,14 +445,22 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
     let length = left_out.map(|x| x * x).sum::<f64>().sqrt();
     let largest = f64::from(1 << (weight.kernel.format().bits() - 1));
     let most = (1.001 * length * largest * (weight.cols as f64).sqrt()) as f32;
-    let off = |row: usize, y: f32| weight.row_scale[weight.first_row + row].abs() * most + y.abs() * 1e-6;
+    let scales = &weight.row_scale[weight.first_row..][..weight.rows];
+    let off = |scale: f32, y: f32| scale.abs() * most + y.abs() * 1e-6;
 
     // If so many parts have an output of at least some size for sure, then so many outputs have.
     maxima.clear();
     maxima.resize(weight.rows.div_ceil(PART), 0.0);
-    for (part, (out, least)) in out.chunks(PART).zip(&mut *maxima).enumerate() {
-        let sure = out.iter().enumerate().map(|(i, &y)| y - off(part * PART + i, y));
-        *least = sure.fold(f32::MIN, f32::max);
+    for ((out, scales), least) in out.chunks(PART).zip(scales.chunks(PART)).zip(&mut *maxima) {
+        // In lanes, of which a compiler makes vectors.
+        let mut lanes = [f32::MIN; 8];
+        for (out, scales) in out.chunks(8).zip(scales.chunks(8)) {
+            for ((lane, &y), &scale) in lanes.iter_mut().zip(out).zip(scales) {
+                let sure = y - off(scale, y);
+                *lane = if sure > *lane { sure } else { *lane };
+            }
+        }
+        *least = lanes.into_iter().fold(f32::MIN, f32::max);
     }
     let (_, &mut bar, _) = maxima.select_nth_unstable_by(best.max(1) - 1, |a, b| b.total_cmp(a));
 
@@ -461,8 +469,8 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
         for (group, out) in groups.zip(out.chunks_mut(GROUP)) {
             let rows = group * GROUP..group * GROUP + out.len();
             // Of what is not a number nothing can be told.
-            let cannot_win = |(row, &y): (usize, &f32)| y + off(row, y) < bar;
-            if rows.clone().zip(&*out).all(cannot_win) {
+            let cannot_win = |(&y, &scale): (&f32, &f32)| y + off(scale, y) < bar;
+            if out.iter().zip(&scales[rows.clone()]).all(cannot_win) {
                 out.fill(f32::MIN);
                 continue;
             }

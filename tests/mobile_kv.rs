@@ -9,31 +9,35 @@ mod common;
 use common::mobile;
 use common::run::{self, INT8, Way};
 use gemrun::forward::{State, Want, forward};
-use gemrun::kv::{BLOCK, Kv, KvType, Run};
+use gemrun::kv::{BLOCK, Kv, KvType, PANEL, Run};
 use gemrun::model::Model;
 use gemrun::team::Team;
 use gemrun::weight::Numerics;
 
 /// The integers of layer `il`'s keys and of its values at the first positions, (positions, kv heads, head dim).
 fn integers(kv: &Kv, il: usize, positions: usize, kv_heads: usize, dim: usize) -> [Vec<f32>; 2] {
-    let nibble = |bytes: &[u8], at: usize| ((bytes[at / 16 * 8 + at % 8] >> (at % 16 / 8 * 4)) as i8) << 4 >> 4;
+    let nibble = |bytes: &[u8], at: usize| ((bytes[at % 8] >> (at / 8 * 4)) as i8) << 4 >> 4;
     let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
     for position in 0..positions {
         for head in 0..kv_heads {
             let (keys, values) = kv.block(il, head, 0);
             let mut key = vec![f32::NAN; dim];
-            for (row, &d) in kv.key_order(il).iter().enumerate() {
+            for (r, &d) in kv.key_order(il).iter().enumerate() {
+                let (row, column) = ((position / PANEL * dim + r) * PANEL, position % PANEL);
                 key[d] = match keys {
-                    Run::I8(keys, _) => f32::from(keys[row * BLOCK + position]),
-                    Run::I4(keys, _) => f32::from(nibble(&keys[row * BLOCK / 2..], position)),
+                    Run::I8(keys, _) => f32::from(keys[row + column]),
+                    Run::I4(keys, _) => f32::from(nibble(&keys[row / 2..], column)),
                     _ => panic!("keys that are no integers"),
                 };
             }
             all_keys.extend(key);
-            all_values.extend((0..dim).map(|d| match values {
-                Run::I8(values, _) => f32::from(values[position * dim + d]),
-                Run::I4(values, _) => f32::from(nibble(&values[position * dim.div_ceil(16) * 8..], d)),
-                _ => panic!("values that are no integers"),
+            all_values.extend((0..dim).map(|d| {
+                let (row, column) = ((d / PANEL * BLOCK + position) * PANEL, d % PANEL);
+                match values {
+                    Run::I8(values, _) => f32::from(values[row + column]),
+                    Run::I4(values, _) => f32::from(nibble(&values[row / 2..], column)),
+                    _ => panic!("values that are no integers"),
+                }
             }));
         }
     }

@@ -193,11 +193,6 @@ impl<D: Dot> Simd for Ymm<D> {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
-    }
-
-    #[inline(always)]
     fn dot16(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i {
         D::dot16(acc, w, a, range)
     }
@@ -671,5 +666,33 @@ impl crate::vec::Native for Avx2 {
         }
         // SAFETY: only AVX2 instances use this type.
         unsafe { sum(lanes) }
+    }
+
+    #[inline(always)]
+    fn trees(eights: &[[f32; 8]; 8]) -> [f32; 8] {
+        #[inline]
+        #[target_feature(enable = "avx")]
+        fn sums(eights: &[[f32; 8]; 8]) -> [f32; 8] {
+            // SAFETY: an unaligned load of eight f32.
+            let load = |i: usize| unsafe { _mm256_loadu_ps(eights[i].as_ptr()) };
+            // i in the lower half, j in the upper.
+            let fours = |i: usize, j: usize| {
+                let (a, b) = (load(i), load(j));
+                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+            };
+            let twos = |a: __m256, b: __m256| {
+                let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+                let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+                _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
+            };
+            let (a, b) = (twos(fours(0, 4), fours(1, 5)), twos(fours(2, 6), fours(3, 7)));
+            let v = _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+            let mut out = [0.0; 8];
+            // SAFETY: the array is as large as the unaligned store.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) };
+            out
+        }
+        // SAFETY: only AVX2 instances use this type.
+        unsafe { sums(eights) }
     }
 }

@@ -208,11 +208,6 @@ impl Simd for Zmm {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
-    }
-
-    #[inline(always)]
     fn dot16(self, acc: __m512i, w: [__m512i; 4], a: &[i8; 16], range: Range) -> __m512i {
         let mut acc = acc;
         for (v, w) in w.into_iter().enumerate() {

@@ -17,6 +17,8 @@
 //!
 //! The sum of a row stays an i32 throughout: |q·a| ≤ 128·128, so up to 131 071 columns.
 
+use std::cell::Cell;
+
 use crate::format::Block;
 use crate::wide::{self, Eight, MANY, Range, Simd, further, unrolled};
 use crate::{Acts, Format, Rows, Tile};
@@ -24,7 +26,7 @@ use crate::{Acts, Format, Rows, Tile};
 /// The product of all rows of `w` with all tokens of `x`.
 #[inline(always)]
 pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
-    let mut ordered = Vec::new();
+    let mut ordered = ORDERED.take();
     let a = if const { in_order::<B>() } {
         x.q
     } else {
@@ -48,6 +50,12 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
     for t in 0..x.tokens {
         finish::<S, B>(&tokens, t, w.scale, out.row(t));
     }
+    ORDERED.set(ordered);
+}
+
+thread_local! {
+    /// Activations in the order of the fields, kept so that a product allocates nothing.
+    static ORDERED: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
 }
 
 /// Bits of a weight.

@@ -6,6 +6,7 @@
 //! them on each thread and looks at a clock.
 
 use crate::Isa;
+use crate::wide::prefetch;
 
 /// A line of a cache, on every CPU but a few with longer ones.
 pub type Line = [u64; 8];
@@ -41,7 +42,7 @@ fn streams(lines: &[Line]) -> u64 {
     let mut sums = [[0; 8]; 2];
     for at in 0..length {
         for (i, stream) in streams.iter().enumerate() {
-            prefetch(stream.as_ptr().wrapping_add(at + AHEAD).cast());
+            prefetch(stream.as_ptr().wrapping_add(at + AHEAD));
             xor(&mut sums[i % 2], &stream[at]);
         }
     }
@@ -52,24 +53,6 @@ fn streams(lines: &[Line]) -> u64 {
 #[inline(always)]
 fn xor(sum: &mut Line, line: &Line) {
     sum.iter_mut().zip(line).for_each(|(sum, word)| *sum ^= word);
-}
-
-/// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-    #[cfg(all(target_arch = "aarch64", not(miri)))]
-    // SAFETY: a hint, which changes neither memory nor registers.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
-    let _ = at;
 }
 
 /// Multiplies bytes and adds the products, `rounds` times, with the instructions the kernels of `isa` use; returns the

@@ -251,14 +251,6 @@ impl<D: Dot> Simd for Neon<D> {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        if cfg!(not(miri)) {
-            // SAFETY: a prefetch reads nothing, and never faults.
-            unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, readonly, preserves_flags)) };
-        }
-    }
-
-    #[inline(always)]
     fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
         for line in lines {
             prefetch_line(at, line);
@@ -766,6 +758,27 @@ impl crate::vec::Native for Halves {
             let v = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
             let v = vadd_f32(vget_low_f32(v), vget_high_f32(v));
             vget_lane_f32::<0>(v) + vget_lane_f32::<1>(v)
+        })
+    }
+
+    #[inline(always)]
+    fn trees(eights: &[[f32; 8]; 8]) -> [f32; 8] {
+        proven!({
+            let mut v = [vdupq_n_f32(0.0); 8];
+            for (v, eight) in v.iter_mut().zip(eights) {
+                *v = vaddq_f32(vld1q_f32(eight.as_ptr()), vld1q_f32(eight[4..].as_ptr()));
+            }
+            // Two lanes of each of two vectors.
+            let mut twos = [vdupq_n_f32(0.0); 4];
+            for (i, twos) in twos.iter_mut().enumerate() {
+                let (a, b) = (vreinterpretq_f64_f32(v[2 * i]), vreinterpretq_f64_f32(v[2 * i + 1]));
+                let (low, high) = (vzip1q_f64(a, b), vzip2q_f64(a, b));
+                *twos = vaddq_f32(vreinterpretq_f32_f64(low), vreinterpretq_f32_f64(high));
+            }
+            let mut out = [0.0; 8];
+            vst1q_f32(out.as_mut_ptr(), vpaddq_f32(twos[0], twos[1]));
+            vst1q_f32(out[4..].as_mut_ptr(), vpaddq_f32(twos[2], twos[3]));
+            out
         })
     }
 }

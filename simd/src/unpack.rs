@@ -5,17 +5,12 @@
 //! interleaved order): both read the same fields of a block, because interleaving moves bytes but never splits a field.
 //! [`common`] and [`lanes`] give the scales, a row to a lane. The tests compare both files bit for bit.
 //!
-//! To give a format vectors, add it to [`codes`]; to give it a loop for few tokens, also to [`own_loop`], to [`lanes`]
-//! if it has scales within its blocks, and to `interleave.rs`.
+//! To give a format vectors, add it to [`codes`]; to give it loops for few tokens, which read it where it lies in both orders of
+//! bytes, also to `interleave.rs`, and to [`lanes`] if it has scales within its blocks.
 
 use crate::Format;
 use crate::format::{self, Block};
-use crate::wide::{Eight, Simd};
-
-/// Formats read where they lie when there are few tokens, in both orders of bytes.
-pub(crate) const fn own_loop(format: Format) -> bool {
-    format.interleaves() && !format.is_channel()
-}
+use crate::wide::{Eight, Simd, prefetch};
 
 /// Formats with integer scales within a block.
 pub(crate) const fn sub_scales(format: Format) -> bool {
@@ -329,10 +324,10 @@ impl<'a> Vector<'a> {
 
     /// Asks for the lines `bytes` beyond the start of the block.
     #[inline(always)]
-    pub fn prefetch<S: Simd>(&self, s: S, bytes: usize) {
-        s.prefetch(self.block[0].as_ptr().wrapping_add(bytes));
+    pub fn prefetch<S: Simd>(&self, bytes: usize) {
+        prefetch(self.block[0].as_ptr().wrapping_add(bytes));
         if S::ROWS == 16 {
-            s.prefetch(self.block[1].as_ptr().wrapping_add(bytes));
+            prefetch(self.block[1].as_ptr().wrapping_add(bytes));
         }
     }
 

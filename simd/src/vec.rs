@@ -8,16 +8,23 @@
 //! `exp` and `tanh` are our own: nothing here calls a mathematical library, whose bits vary.
 //! A NaN goes in and comes out as *a* NaN; its payload is not part of the contract.
 
+use std::ops::Range;
+
 use crate::Isa;
 use crate::format::each;
 use crate::half::{bf16_to_f32, f16_to_f32, f32_to_f16};
 use crate::tile::Tile;
+use crate::wide::{AHEAD, prefetch};
 
 /// Lanes of every f32 sum.
 pub const LANES: usize = 32;
 
-/// Keys that lie together, dimension by dimension: (dim, KEYS), the dimensions in [`key_order`].
+/// Positions whose keys lie together, and whose values do, as panels of (rows, 16): the rows of a key's panels are its dimensions
+/// in [`key_order`], for sixteen positions; those of a value's are the positions, for sixteen dimensions, the last panel filled up.
 pub const KEYS: usize = 64;
+
+/// Numbers of a row of a panel.
+pub const PANEL: usize = 16;
 
 /// The order in which queries and keys of `dim` dimensions are stored for [`Ops::scores_f32`]: lane by lane, and the lanes
 /// in the order in which their sums are added.
@@ -30,6 +37,21 @@ pub fn key_order(dim: usize) -> Vec<usize> {
 #[inline(always)]
 const fn lane_in_turn(turn: usize) -> usize {
     turn.reverse_bits() >> (usize::BITS - LANES.ilog2())
+}
+
+/// Splits lines into groups of four, then two, then one: as [`Ops::scores_f32`] takes queries.
+pub fn line_groups(lines: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let mut start = lines.start;
+    std::iter::from_fn(move || {
+        let size = match lines.end - start {
+            0 => return None,
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
+        start += size;
+        Some(start - size..start)
+    })
 }
 
 /// How many of `dim` elements go to `lane`.
@@ -93,21 +115,16 @@ pub(crate) trait Native {
     fn store(x: &[f32; 8]) -> [u16; 8];
     /// Adds lane l + 16 to lane l, then l + 8, l + 4, l + 2, l + 1.
     fn tree(lanes: [f32; LANES]) -> f32;
+    /// The end of eight such trees: of each eight lanes, adds lane l + 4 to lane l, then l + 2, l + 1.
+    fn trees(eights: &[[f32; 8]; 8]) -> [f32; 8];
 }
 
-/// Sixteen keys or values as they may be stored.
+/// A row of a panel of keys or values as it may be stored.
 trait Sixteen: Copy {
-    /// What they are made of.
+    /// What it is made of.
     type Part: Copy;
     fn of(parts: &[Self::Part]) -> &[Self];
     fn load<H: Native>(&self) -> [[f32; 8]; 2];
-    /// Value `at` of a row.
-    fn single(row: &[Self::Part], at: usize) -> f32;
-    /// How many parts make up a row of `len` values.
-    #[inline(always)]
-    fn parts(len: usize) -> usize {
-        len
-    }
 }
 
 impl Sixteen for [f32; 16] {
@@ -120,10 +137,6 @@ impl Sixteen for [f32; 16] {
     fn load<H: Native>(&self) -> [[f32; 8]; 2] {
         let x = self.as_chunks().0;
         [x[0], x[1]]
-    }
-    #[inline(always)]
-    fn single(row: &[f32], at: usize) -> f32 {
-        row[at]
     }
 }
 
@@ -139,10 +152,6 @@ impl Sixteen for [u16; 16] {
         let x = self.as_chunks().0;
         [H::load(&x[0]), H::load(&x[1])]
     }
-    #[inline(always)]
-    fn single(row: &[u16], at: usize) -> f32 {
-        f16_to_f32(row[at])
-    }
 }
 
 impl Sixteen for [i8; 16] {
@@ -155,10 +164,6 @@ impl Sixteen for [i8; 16] {
     fn load<H: Native>(&self) -> [[f32; 8]; 2] {
         let x = self.as_chunks::<8>().0;
         [each(|i| x[0][i] as f32), each(|i| x[1][i] as f32)]
-    }
-    #[inline(always)]
-    fn single(row: &[i8], at: usize) -> f32 {
-        row[at] as f32
     }
 }
 
@@ -174,20 +179,6 @@ impl Sixteen for [u8; 8] {
         let wide: [i32; 8] = each(|i| self[i] as i8 as i32);
         [each(|i| (wide[i] << 28 >> 28) as f32), each(|i| (wide[i] >> 4) as f32)]
     }
-    #[inline(always)]
-    fn single(row: &[u8], at: usize) -> f32 {
-        let byte = row[at / 16 * 8 + at % 8] as i8;
-        (if at % 16 < 8 { byte << 4 >> 4 } else { byte >> 4 }) as f32
-    }
-    #[inline(always)]
-    fn parts(len: usize) -> usize {
-        nibble_bytes(len)
-    }
-}
-
-/// Bytes of a row of `len` values stored as nibbles: whole sixteens.
-pub const fn nibble_bytes(len: usize) -> usize {
-    len.div_ceil(16) * 8
 }
 
 struct Software;
@@ -210,6 +201,13 @@ impl Native for Software {
             n /= 2;
         }
         lanes[0]
+    }
+    #[inline(always)]
+    fn trees(eights: &[[f32; 8]; 8]) -> [f32; 8] {
+        each(|i| {
+            let [a, b, c, d, e, f, g, h] = eights[i];
+            ((a + e) + (c + g)) + ((b + f) + (d + h))
+        })
     }
 }
 
@@ -318,66 +316,123 @@ mod body {
         }
     }
 
-    /// Scores of `R` queries against [`KEYS`] keys, sixteen times `V` keys in lanes.
+    /// Sums of sixteen columns in `V` panels for each of `R` lines.
+    type Sums<const R: usize, const V: usize> = [[[[f32; 8]; 2]; V]; R];
+
+    /// Lines whose weights are gathered at a time.
+    const LINES: usize = 8;
+
+    /// Adds factor r times `row(v)` to the sums of line r and panel v.
+    #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
+    #[inline(always)]
+    fn add_row<H: Native, T: Sixteen, const R: usize, const V: usize>(
+        acc: &mut Sums<R, V>,
+        factor: [f32; R],
+        row: impl Fn(usize) -> T,
+    ) {
+        for v in 0..V {
+            let row = row(v).load::<H>();
+            for r in 0..R {
+                for half in 0..2 {
+                    for l in 0..8 {
+                        acc[r][v][half][l] = factor[r].mul_add(row[half][l], acc[r][v][half][l]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// For each of `R` lines, adds `factor(i)` times row i of each of `V` panels, in order.
+    #[allow(clippy::needless_range_loop)] // rows of several panels
+    #[inline(always)]
+    fn add_rows<H: Native, T: Sixteen, const R: usize, const V: usize>(
+        acc: &mut Sums<R, V>,
+        panels: [&[T]; V],
+        factor: impl Fn(usize) -> [f32; R],
+    ) {
+        let rows = panels[0].len();
+        for i in 0..rows / 4 {
+            for panel in panels {
+                let four = panel[..rows].as_chunks::<4>().0[i].as_ptr();
+                for line in 0..size_of::<[T; 4]>().div_ceil(64) {
+                    prefetch(four.wrapping_byte_add(AHEAD + 64 * line));
+                }
+            }
+            for j in 0..4 {
+                add_row::<H, T, R, V>(acc, factor(4 * i + j), |v| panels[v][..rows].as_chunks::<4>().0[i][j]);
+            }
+        }
+        for i in rows / 4 * 4..rows {
+            add_row::<H, T, R, V>(acc, factor(i), |v| panels[v][i]);
+        }
+    }
+
+    /// Scores of `R` queries against the keys of `V` panels.
     ///
     /// The sums of single lanes come in the order in which the tree adds them, so that few are kept: `partial[i]` is the sum
     /// of 2^i lanes, waiting for the next 2^i, as a carry waits in a binary counter.
     #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
     #[inline(always)]
-    fn scores<H: Native, T: Sixteen, const R: usize, const V: usize>(out: &mut Tile, q: &[f32], keys: &[T]) {
-        for group in 0..KEYS / (16 * V) {
-            let (mut q, mut keys) = (q.as_chunks::<R>().0, keys.as_chunks::<{ KEYS / 16 }>().0);
-            let dim = q.len();
-            let mut partial = [[[[[0.0; 8]; 2]; V]; R]; LANES.ilog2() as usize + 1];
-            for turn in 0..LANES {
-                let n = lane_len(dim, lane_in_turn(turn));
-                let ((q_lane, q_rest), (k_lane, k_rest)) = (q.split_at(n), keys.split_at(n));
-                (q, keys) = (q_rest, k_rest);
-                let mut acc = [[[[0f32; 8]; 2]; V]; R];
-                for (q, k) in q_lane.iter().zip(k_lane) {
+    fn scores<H: Native, T: Sixteen, const R: usize, const V: usize>(
+        out: &mut Tile,
+        first: usize,
+        q: &[f32],
+        keys: &[T],
+        panel: usize,
+    ) {
+        let q = q.as_chunks::<R>().0;
+        let dim = q.len();
+        let keys: [&[T]; V] = std::array::from_fn(|v| &keys[(panel + v) * dim..][..dim]);
+        let mut partial = [[[[[0.0; 8]; 2]; V]; R]; LANES.ilog2() as usize + 1];
+        let mut start = 0;
+        for turn in 0..LANES {
+            let end = start + lane_len(dim, lane_in_turn(turn));
+            let mut acc = [[[[0.0; 8]; 2]; V]; R];
+            let q = &q[start..end];
+            let mut lane: [&[T]; V] = keys;
+            for lane in &mut lane {
+                *lane = &lane[start..end];
+            }
+            add_rows::<H, T, R, V>(&mut acc, lane, |i| q[i]);
+            start = end;
+            let mut level = 0;
+            while turn >> level & 1 == 1 {
+                for r in 0..R {
                     for v in 0..V {
-                        let k = k[group * V + v].load::<H>();
-                        for r in 0..R {
-                            for half in 0..2 {
-                                for i in 0..8 {
-                                    acc[r][v][half][i] = q[r].mul_add(k[half][i], acc[r][v][half][i]);
-                                }
+                        for half in 0..2 {
+                            for i in 0..8 {
+                                acc[r][v][half][i] += partial[level][r][v][half][i];
                             }
                         }
                     }
                 }
-                let mut level = 0;
-                while turn >> level & 1 == 1 {
-                    for r in 0..R {
-                        for v in 0..V {
-                            for half in 0..2 {
-                                for i in 0..8 {
-                                    acc[r][v][half][i] += partial[level][r][v][half][i];
-                                }
-                            }
-                        }
-                    }
-                    level += 1;
-                }
-                partial[level] = acc;
+                level += 1;
             }
-            for (r, sums) in partial[LANES.ilog2() as usize].iter().enumerate() {
-                let sums = sums.as_flattened().as_flattened();
-                out.row(r)[16 * V * group..][..16 * V].copy_from_slice(sums);
-            }
+            partial[level] = acc;
+        }
+        for (r, sums) in partial[LANES.ilog2() as usize].iter().enumerate() {
+            let sums = sums.as_flattened().as_flattened();
+            out.row(first + r)[PANEL * panel..][..PANEL * V].copy_from_slice(sums);
         }
     }
 
     #[inline(always)]
     fn all_scores<H: Native, T: Sixteen>(out: &mut Tile, q: &[f32], keys: &[T::Part]) {
         let keys = T::of(keys);
-        let (lines, dim) = (out.tokens(), keys.len() / (KEYS / 16));
-        assert!(out.rows() == KEYS && q.len() == lines * dim && keys.len() == dim * (KEYS / 16));
-        match lines {
-            4 => scores::<H, T, 4, 1>(out, q, keys),
-            2 => scores::<H, T, 2, 2>(out, q, keys),
-            1 => scores::<H, T, 1, 2>(out, q, keys),
-            _ => panic!("{lines} queries: expected 1, 2 or 4"),
+        let (lines, dim) = (out.tokens(), keys.len() / (KEYS / PANEL));
+        assert!(out.rows() == KEYS && q.len() == lines * dim && keys.len() == dim * (KEYS / PANEL));
+        for panel in (0..KEYS / PANEL).step_by(2) {
+            for lines in line_groups(0..lines) {
+                let q = &q[lines.start * dim..lines.end * dim];
+                match lines.len() {
+                    4 => {
+                        scores::<H, T, 4, 1>(out, lines.start, q, keys, panel);
+                        scores::<H, T, 4, 1>(out, lines.start, q, keys, panel + 1);
+                    }
+                    2 => scores::<H, T, 2, 2>(out, lines.start, q, keys, panel),
+                    _ => scores::<H, T, 1, 2>(out, lines.start, q, keys, panel),
+                }
+            }
         }
     }
 
@@ -413,96 +468,104 @@ mod body {
         }
     }
 
-    /// Lines `first .. first + R` of the weighted sums, sixteen times `V` columns at a time. Rows of values are `dim` parts
-    /// apart.
-    #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
+    /// Weighted sums of the columns of `V` panels of values, `column` the first of them, for `R` lines, `first` the first.
     #[inline(always)]
     fn weigh<H: Native, T: Sixteen, const R: usize, const V: usize>(
         out: &mut Tile,
-        first: usize,
-        (weights, stride, scale): (&[f32], usize, Option<&[f32]>),
-        values: &[T::Part],
-        dim: usize,
+        (first, column): (usize, usize),
+        weights: &[[f32; KEYS]],
+        panels: [&[T]; V],
     ) {
-        let (width, positions) = (out.rows(), values.len().div_ceil(dim));
-        let mut w = [[0.0; KEYS]; R];
-        for (r, w) in w.iter_mut().enumerate() {
-            w[..positions].copy_from_slice(&weights[(first + r) * stride..][..positions]);
-            for (w, scale) in w.iter_mut().zip(scale.unwrap_or_default()) {
-                *w *= scale;
-            }
+        let weights: &[[f32; KEYS]; R] = weights[..R].try_into().expect("R lines");
+        let mut acc = [[[[0.0; 8]; 2]; V]; R];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            acc.as_flattened_mut().as_flattened_mut().copy_from_slice(&out.row(first + r)[column..][..PANEL * V]);
         }
-        let vectors = width / (16 * V) * 16 * V;
-        for column in (0..vectors).step_by(16 * V) {
-            let mut acc = [[[[0f32; 8]; 2]; V]; R];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let acc = acc.as_flattened_mut().as_flattened_mut();
-                acc.copy_from_slice(&out.row(first + r)[column..][..16 * V]);
-            }
-            for p in 0..positions.min(KEYS) {
-                let values = T::of(&values[p * dim + T::parts(column)..][..T::parts(16 * V)]);
-                for v in 0..V {
-                    let values = values[v].load::<H>();
-                    for r in 0..R {
-                        for half in 0..2 {
-                            for i in 0..8 {
-                                acc[r][v][half][i] = w[r][p].mul_add(values[half][i], acc[r][v][half][i]);
-                            }
-                        }
-                    }
-                }
-            }
-            for (r, acc) in acc.iter().enumerate() {
-                let acc = acc.as_flattened().as_flattened();
-                out.row(first + r)[column..][..16 * V].copy_from_slice(acc);
-            }
-        }
-        for (r, w) in w.iter().enumerate() {
-            for (column, out) in out.row(first + r).iter_mut().enumerate().skip(vectors) {
-                for p in 0..positions.min(KEYS) {
-                    *out = w[p].mul_add(T::single(&values[p * dim..], column), *out);
-                }
-            }
+        add_rows::<H, T, R, V>(&mut acc, panels, |p| each(|r| weights[r][p]));
+        for (r, acc) in acc.iter().enumerate() {
+            out.row(first + r)[column..][..PANEL * V].copy_from_slice(acc.as_flattened().as_flattened());
         }
     }
 
     #[inline(always)]
     fn all_weigh<H: Native, T: Sixteen>(
         out: &mut Tile,
-        weights: (&[f32], usize, Option<&[f32]>),
+        (weights, stride, scale): (&[f32], usize, Option<&[f32]>),
         values: &[T::Part],
-        dim: usize,
+        positions: Range<usize>,
     ) {
-        let (lines, width) = (out.tokens(), out.rows());
-        if values.is_empty() {
-            return;
-        }
-        let (positions, row) = (values.len().div_ceil(dim), T::parts(width));
-        assert!(positions <= KEYS && row <= dim && values.len() >= (positions - 1) * dim + row);
-        assert!(weights.2.is_none_or(|scale| scale.len() == positions));
-        let mut line = 0;
-        while line < lines {
-            match lines - line {
-                4.. => weigh::<H, T, 4, 1>(out, line, weights, values, dim),
-                2.. => weigh::<H, T, 2, 2>(out, line, weights, values, dim),
-                _ => weigh::<H, T, 1, 2>(out, line, weights, values, dim),
+        let values = T::of(values);
+        assert!(values.len() == out.rows().div_ceil(PANEL) * KEYS && positions.end <= KEYS);
+        assert!(scale.is_none_or(|scale| scale.len() == KEYS));
+        let panel = |column: usize| &values[column / PANEL * KEYS..][..KEYS][positions.clone()];
+        let whole = out.rows() / PANEL * PANEL;
+        let mut w = [[0.0; KEYS]; LINES];
+        for first in (0..out.tokens()).step_by(LINES) {
+            let lines = first..(first + LINES).min(out.tokens());
+            for (line, w) in lines.clone().zip(&mut w) {
+                let w = &mut w[..positions.len()];
+                w.copy_from_slice(&weights[line * stride..][..positions.len()]);
+                if let Some(scale) = scale {
+                    w.iter_mut().zip(&scale[positions.clone()]).for_each(|(w, scale)| *w *= scale);
+                }
             }
-            line += match lines - line {
-                4.. => 4,
-                2.. => 2,
-                _ => 1,
-            };
+            for column in (0..whole).step_by(2 * PANEL) {
+                let (right, two) = (column + PANEL, column + PANEL < whole);
+                for group in line_groups(lines.clone()) {
+                    let (w, line) = (&w[group.start - first..], group.start);
+                    match (group.len(), two) {
+                        (4, _) => {
+                            weigh::<H, T, 4, 1>(out, (line, column), w, [panel(column)]);
+                            if two {
+                                weigh::<H, T, 4, 1>(out, (line, right), w, [panel(right)]);
+                            }
+                        }
+                        (2, true) => weigh::<H, T, 2, 2>(out, (line, column), w, [panel(column), panel(right)]),
+                        (2, false) => weigh::<H, T, 2, 1>(out, (line, column), w, [panel(column)]),
+                        (_, true) => weigh::<H, T, 1, 2>(out, (line, column), w, [panel(column), panel(right)]),
+                        (_, false) => weigh::<H, T, 1, 1>(out, (line, column), w, [panel(column)]),
+                    }
+                }
+            }
+            if whole < out.rows() {
+                // Part of a panel, as if it were whole.
+                let mut part = [0.0; LINES * PANEL];
+                let mut tile = Tile::whole(&mut part, PANEL);
+                for line in lines.clone() {
+                    let out = &out.row(line)[whole..];
+                    tile.row(line - first)[..out.len()].copy_from_slice(out);
+                }
+                for line in 0..lines.len() {
+                    weigh::<H, T, 1, 1>(&mut tile, (line, 0), &w[line..], [panel(whole)]);
+                }
+                for line in lines {
+                    let out = &mut out.row(line)[whole..];
+                    out.copy_from_slice(&tile.row(line - first)[..out.len()]);
+                }
+            }
         }
     }
 
     #[inline(always)]
-    pub fn weigh_f32<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[f32], dim: usize) {
-        all_weigh::<H, [f32; 16]>(out, (weights, stride, None), values, dim);
+    pub fn weigh_f32<H: Native>(
+        out: &mut Tile,
+        weights: &[f32],
+        stride: usize,
+        values: &[f32],
+        positions: Range<usize>,
+    ) {
+        all_weigh::<H, [f32; 16]>(out, (weights, stride, None), values, positions);
     }
 
     #[inline(always)]
-    pub fn weigh_f16<H: Native>(out: &mut Tile, weights: &[f32], stride: usize, values: &[u16], dim: usize) {
-        all_weigh::<H, [u16; 16]>(out, (weights, stride, None), values, dim);
+    pub fn weigh_f16<H: Native>(
+        out: &mut Tile,
+        weights: &[f32],
+        stride: usize,
+        values: &[u16],
+        positions: Range<usize>,
+    ) {
+        all_weigh::<H, [u16; 16]>(out, (weights, stride, None), values, positions);
     }
 
     #[inline(always)]
@@ -512,9 +575,9 @@ mod body {
         stride: usize,
         values: &[i8],
         scale: &[f32],
-        dim: usize,
+        positions: Range<usize>,
     ) {
-        all_weigh::<H, [i8; 16]>(out, (weights, stride, Some(scale)), values, dim);
+        all_weigh::<H, [i8; 16]>(out, (weights, stride, Some(scale)), values, positions);
     }
 
     #[inline(always)]
@@ -524,9 +587,9 @@ mod body {
         stride: usize,
         values: &[u8],
         scale: &[f32],
-        row: usize,
+        positions: Range<usize>,
     ) {
-        all_weigh::<H, [u8; 8]>(out, (weights, stride, Some(scale)), values, row);
+        all_weigh::<H, [u8; 8]>(out, (weights, stride, Some(scale)), values, positions);
     }
 
     /// The largest element; NaN is passed over; −∞ if there is none.
@@ -610,11 +673,17 @@ mod body {
     #[inline(always)]
     pub fn amax<H: Native>(x: &[f32]) -> f32 {
         // As bits, so that infinity and NaN win over every number.
-        let mut top = 0;
-        for x in x {
-            top = top.max(x.to_bits() & 0x7fff_ffff);
+        let mut lanes = [0; 8];
+        let (eights, tail) = x.as_chunks::<8>();
+        for x in eights {
+            for l in 0..8 {
+                lanes[l] = lanes[l].max(x[l].to_bits() & 0x7fff_ffff);
+            }
         }
-        f32::from_bits(top)
+        for x in tail {
+            lanes[0] = lanes[0].max(x.to_bits() & 0x7fff_ffff);
+        }
+        f32::from_bits(lanes.into_iter().fold(0, u32::max))
     }
 
     #[inline(always)]
@@ -639,6 +708,9 @@ mod body {
         let (w, w_tail) = w.as_chunks::<LANES>();
         let (x, x_tail) = x.as_chunks::<LANES>();
         for (w, x) in w.iter().zip(x) {
+            for line in (0..size_of_val(w)).step_by(64) {
+                prefetch(w.as_ptr().wrapping_byte_add(AHEAD + line));
+            }
             for l in 0..LANES {
                 lanes[l] = value(w[l]).mul_add(x[l], lanes[l]);
             }
@@ -662,6 +734,7 @@ mod body {
         let (w, w_tail) = w.as_chunks::<LANES>();
         let (x, x_tail) = x.as_chunks::<LANES>();
         for (w, x) in w.iter().zip(x) {
+            prefetch(w.as_ptr().wrapping_byte_add(AHEAD));
             let w = widen::<H>(&each(|l| u16::from_le_bytes(w[l])));
             for l in 0..LANES {
                 lanes[l] = w[l].mul_add(x[l], lanes[l]);
@@ -694,53 +767,70 @@ mod body {
 
     #[inline(always)]
     pub fn quantize<H: Native>(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i16]) {
-        let (x, rest) = x.as_chunks::<32>();
-        let (q, q_rest) = q.as_chunks_mut::<32>();
-        let (sums, sums_rest) = sums.as_chunks_mut::<2>();
+        let (x, rest) = x.as_chunks();
+        let (q, q_rest) = q.as_chunks_mut();
+        let (sums, sums_rest) = sums.as_chunks_mut();
         assert!(rest.is_empty() && q_rest.is_empty() && sums_rest.is_empty());
         assert!(x.len() == q.len() && x.len() == scale.len() && x.len() == sums.len());
-        for (((x, q), scale), sums) in x.iter().zip(q).zip(scale).zip(sums) {
-            // As bits, so that infinity and NaN win over every number.
-            let mut top = 0;
-            for x in x {
-                top = top.max(x.to_bits() & 0x7fff_ffff);
-            }
-            let amax = f32::from_bits(top);
-            if !(TINY..=f32::MAX).contains(&amax) {
+        for (((x, q), scale), sums) in x.iter().zip(&mut *q).zip(&mut *scale).zip(&mut *sums) {
+            let top = amax::<H>(x);
+            *scale = if top < TINY { 0.0 } else { top };
+            if !(TINY..=f32::MAX).contains(&top) {
                 // All but zero, or damaged: a non-finite scale makes every product with the group non-finite.
-                *scale = if amax < TINY { 0.0 } else { amax };
-                *q = [0; 32];
-                *sums = [0; 2];
+                (*q, *sums) = ([0; 32], [0; 2]);
+            }
+        }
+        let (x, q, scale, sums) = (x.chunks(8), q.chunks_mut(8), scale.chunks_mut(8), sums.chunks_mut(8));
+        for (((x, q), scale), sums) in x.zip(q).zip(scale).zip(sums) {
+            quantize_groups::<H>(x, q, scale, sums);
+        }
+    }
+
+    /// Up to eight groups, so that what each has one of lies in lanes. `scale` holds their largest magnitudes; those for which it
+    /// is 0 or not finite are done.
+    #[allow(clippy::needless_range_loop)] // constant indices keep arrays in registers
+    #[inline(always)]
+    fn quantize_groups<H: Native>(x: &[[f32; 32]], q: &mut [[i8; 32]], scale: &mut [f32], sums: &mut [[i16; 2]]) {
+        let mut top = [0.0; 8];
+        top[..scale.len()].copy_from_slice(scale);
+        let unit: [f32; 8] = each(|g| 1.0 / top[g]);
+        let (mut best, mut best_inverse, mut best_scale) = ([-1.0; 8], [0.0; 8], [0.0; 8]);
+        let (mut xq, mut qq) = ([[0.0; 8]; 8], [[0.0; 8]; 8]);
+        for level in 0..LEVELS {
+            let inverse: [f32; 8] = each(|g| (127.0 - STEP * level as f32) * unit[g]);
+            for (g, x) in x.iter().enumerate() {
+                let (mut xq4, mut qq4) = ([[0.0; 8]; 4], [[0.0; 8]; 4]);
+                for (part, x) in x.as_chunks::<8>().0.iter().enumerate() {
+                    for l in 0..8 {
+                        let q = x[l].mul_add(inverse[g], ROUND) - ROUND;
+                        xq4[part][l] = x[l] * unit[g] * q;
+                        qq4[part][l] = q * q;
+                    }
+                }
+                // The first steps of the tree.
+                let halves = |[a, b, c, d]: [[f32; 8]; 4]| each(|l| (a[l] + c[l]) + (b[l] + d[l]));
+                (xq[g], qq[g]) = (halves(xq4), halves(qq4));
+            }
+            let (xq, qq) = (H::trees(&xq), H::trees(&qq)); // by group
+            for g in 0..8 {
+                let explained = xq[g] * xq[g] / qq[g];
+                let better = explained > best[g];
+                best[g] = if better { explained } else { best[g] };
+                best_inverse[g] = if better { inverse[g] } else { best_inverse[g] };
+                best_scale[g] = if better { xq[g] / qq[g] * top[g] } else { best_scale[g] };
+            }
+        }
+        for (g, x) in x.iter().enumerate() {
+            if top[g] == 0.0 || !top[g].is_finite() {
                 continue;
             }
-            let unit = 1.0 / amax;
-            let (mut best, mut best_inverse) = (-1.0, 0.0);
-            for level in 0..LEVELS {
-                let inverse = (127.0 - STEP * level as f32) * unit;
-                let (mut xq, mut qq) = ([0.0; LANES], [0.0; LANES]);
-                for l in 0..LANES {
-                    let q = x[l].mul_add(inverse, ROUND) - ROUND;
-                    xq[l] = x[l] * unit * q;
-                    qq[l] = q * q;
-                }
-                let (xq, qq) = (H::tree(xq), H::tree(qq));
-                let explained = xq * xq / qq;
-                if explained > best {
-                    (best, best_inverse) = (explained, inverse);
-                    *scale = xq / qq * amax;
-                }
-            }
-            for l in 0..32 {
-                let nearest = x[l].mul_add(best_inverse, ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                q[l] = nearest.clamp(-127, 127) as i8;
-            }
-            for (sum, q) in sums.iter_mut().zip(q.as_chunks::<16>().0) {
-                let mut s = 0;
-                for q in q {
-                    s += *q as i16;
-                }
-                *sum = s;
-            }
+            scale[g] = best_scale[g];
+            let nearest: [i32; 32] = each(|l| {
+                let nearest = x[l].mul_add(best_inverse[g], ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                nearest.clamp(-127, 127)
+            });
+            q[g] = each(|l| nearest[l] as i8);
+            sums[g] = each(|half| nearest[16 * half..][..16].iter().sum::<i32>() as i16);
         }
     }
 
@@ -809,30 +899,30 @@ macro_rules! functions {
             fn add(out: &mut [f32], x: &[f32]);
             /// x *= f.
             fn scale(x: &mut [f32], f: f32);
-            /// out[r][p] = Σ q[r]·keys[p], with the bits of `dot`, for 1, 2 or 4 queries, stored (dim, queries), and [`KEYS`]
-            /// keys, stored (dim, KEYS), the dimensions of both in [`key_order`].
+            /// out[r][p] = Σ q[r]·keys[p], with the bits of `dot`, for the [`KEYS`] keys of the panels and any number of queries,
+            /// which are stored by [`line_groups`], each group as (dim, queries), the dimensions in [`key_order`].
             fn scores_f32(out: &mut Tile<'_>, q: &[f32], keys: &[f32]);
             /// `scores_f32` with the keys as bits of IEEE halves.
             fn scores_f16(out: &mut Tile<'_>, q: &[f32], keys: &[u16]);
             /// `scores_f32` with keys int8 · `scale`, one scale for each of the [`KEYS`] keys, by which its scores are multiplied
             /// last.
             fn scores_i8(out: &mut Tile<'_>, q: &[f32], keys: &[i8], scale: &[f32]);
-            /// `scores_i8` with the integers of a dimension as nibbles in two's complement: of sixteen keys the first eight in
-            /// the low halves of eight bytes, the others in the high ones.
+            /// `scores_i8` with the integers as nibbles in two's complement: of the sixteen of a row the first eight in the low
+            /// halves of eight bytes, the others in the high ones.
             fn scores_i4(out: &mut Tile<'_>, q: &[f32], keys: &[u8], scale: &[f32]);
-            /// out[r] = fma(weights[r][p], values[p], out[r]) for each position p in order. Lines of `weights` are `stride`
-            /// apart, those of `values` `dim`, at most [`KEYS`] of them, the last as short as out's.
-            fn weigh_f32(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[f32], dim: usize);
+            /// out[r] = fma(weights[r][i], value, out[r]) for the value of each of `positions`, the i-th of them, in order. Lines
+            /// of `weights` are `stride` apart. `values` are the panels of out's columns, of [`KEYS`] positions each.
+            fn weigh_f32(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[f32], positions: Range<usize>);
             /// `weigh_f32` with the values as bits of IEEE halves.
-            fn weigh_f16(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u16], dim: usize);
-            /// `weigh_f32` with values int8 · `scale`, one scale for each position, by which its weights are multiplied first.
+            fn weigh_f16(out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u16], positions: Range<usize>);
+            /// `weigh_f32` with values int8 · `scale`, one scale for each of the [`KEYS`] values, by which weights are multiplied
+            /// first.
             fn weigh_i8(
-                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[i8], scale: &[f32], dim: usize
+                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[i8], scale: &[f32], positions: Range<usize>
             );
-            /// `weigh_i8` with the integers as nibbles, in rows of `row` bytes, see [`nibble_bytes`]; sixteen columns lie as the
-            /// keys of `scores_i4`. The first column of `out` is the first of such sixteen.
+            /// `weigh_i8` with the integers as nibbles, which lie as those of `scores_i4`.
             fn weigh_i4(
-                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u8], scale: &[f32], row: usize
+                out: &mut Tile<'_>, weights: &[f32], stride: usize, values: &[u8], scale: &[f32], positions: Range<usize>
             );
             /// x = exp(x − max x) / Σ exp(x − max x). A NaN makes all of them NaN.
             fn softmax(x: &mut [f32]);

@@ -161,14 +161,11 @@ pub(crate) trait Simd: Copy {
         v
     }
 
-    /// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
-    fn prefetch(self, at: *const u8);
-
-    /// The same for some lines, counted from [`AHEAD`] beyond `at`.
+    /// Asks for some lines, see [`prefetch`], counted from [`AHEAD`] beyond `at`.
     #[inline(always)]
     fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
         for line in lines {
-            self.prefetch(at.wrapping_add(AHEAD + 64 * line));
+            prefetch(at.wrapping_add(AHEAD + 64 * line));
         }
     }
 
@@ -328,7 +325,7 @@ impl<B: Block> Product<'_, '_, '_, '_, B> {
         }
         let few_tokens = x.tokens < MANY;
         match layout {
-            Layout::Gguf if few_tokens && const { unpack::own_loop(B::FORMAT) } => {
+            Layout::Gguf if few_tokens && const { B::FORMAT.interleaves() } => {
                 few::<S::Eight, B>(s.eight(), w.bytes, row_bytes, x, out);
             }
             Layout::Interleaved if few_tokens => interleaved::<S, B>(s, w.bytes, row_bytes, x, out),
@@ -466,7 +463,7 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                         // The eight rows after these, in the order in which they lie.
                         let next = w.as_ptr().wrapping_add(8 * row_bytes + (b * per_block + g) * group_bytes);
                         for line in (0..group_bytes).step_by(64) {
-                            s.prefetch(next.wrapping_add(line));
+                            prefetch(next.wrapping_add(line));
                         }
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
@@ -606,7 +603,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
                         let group = token.group(from + g);
                         unrolled!(i < N, {
                             for line in (0..group_bytes).step_by(64) {
-                                block[i].prefetch(s, g * group_bytes + line + ahead);
+                                block[i].prefetch::<S>(g * group_bytes + line + ahead);
                             }
                             acc[i] = add_group::<S, B>(s, &block[i], &common[i], g, group, acc[i]);
                             if per_block > 1 {
@@ -671,6 +668,24 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
             acc[i] = add_group::<S, B>(s, &block, &common, 0, group, acc[i]);
         });
     });
+}
+
+/// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: a hint, which changes neither memory nor registers.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
+    let _ = at;
 }
 
 /// How far ahead of a stream its bytes are asked for.

@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::ops::Range;
+
 use common::{Rng, same};
 use gemrun_simd::half::{f16_to_f32, f32_to_f16};
-use gemrun_simd::vec::{KEYS, nibble_bytes};
+use gemrun_simd::vec::{KEYS, PANEL, line_groups};
 use gemrun_simd::{ActsBuf, Isa, Tile, Tiles, ops, selftest, vec};
 
 /// Every function on every supported ISA for lengths around the 8 of a vector, the 32 lanes, and beyond.
@@ -143,40 +145,67 @@ fn against_f64() {
     }
 }
 
+/// A matrix of `rows` rows as panels of sixteen columns, the last filled up with `T`'s default.
+fn panels<T: Copy + Default>(matrix: &[T], rows: usize) -> Vec<T> {
+    let columns = matrix.len() / rows;
+    let column =
+        |row: usize, column: usize| matrix[row * columns..][..columns].get(column).copied().unwrap_or_default();
+    let panel = |panel: usize| (0..rows * PANEL).map(move |i| column(i / PANEL, panel * PANEL + i % PANEL));
+    (0..columns.div_ceil(PANEL)).flat_map(panel).collect()
+}
+
+/// Queries (queries, dim) in `order`, as scores take them.
+fn in_groups(q: &[f32], order: &[usize]) -> Vec<f32> {
+    let dim = order.len();
+    let group = |lines: Range<usize>| {
+        order.iter().flat_map(move |d| lines.clone().map(move |line| q[line * dim + d])).collect::<Vec<_>>()
+    };
+    line_groups(0..q.len() / dim).flat_map(group).collect()
+}
+
+const SHAPES: [(usize, usize); 12] =
+    [(1, 1), (7, 2), (8, 4), (16, 3), (40, 2), (64, 8), (72, 11), (100, 1), (100, 7), (256, 2), (512, 4), (512, 8)];
+
 /// Attention's two products by plain loops, for every number of queries, in both ways of storing the cache.
 #[test]
 fn attention_against_plain_loops() {
     let mut rng = Rng(9);
-    for (dim, queries) in [(1, 1), (7, 2), (8, 4), (64, 4), (100, 1), (256, 2), (512, 4)] {
+    for (dim, queries) in SHAPES {
+        // Keys as (dim, KEYS), values as (KEYS, dim).
         let (q, keys) = (rng.values(queries * dim), rng.values(dim * KEYS));
         let halves: Vec<u16> = keys.iter().map(|k| f32_to_f16(*k)).collect();
         let rounded: Vec<f32> = halves.iter().map(|h| f16_to_f32(*h)).collect();
         let weights = rng.values(queries * KEYS);
+        let order = vec::key_order(dim);
+        let grouped = in_groups(&q, &order);
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             let ops = ops(isa);
             for (half, keys) in [(false, &keys), (true, &rounded)] {
                 let mut out = vec![0.0; queries * KEYS];
                 let mut tile = Tile::whole(&mut out, KEYS);
                 if half {
-                    ops.scores_f16(&mut tile, &q, &halves)
+                    ops.scores_f16(&mut tile, &grouped, &panels(&halves, dim))
                 } else {
-                    ops.scores_f32(&mut tile, &q, keys)
+                    ops.scores_f32(&mut tile, &grouped, &panels(keys, dim))
                 }
                 for (i, got) in out.iter().enumerate() {
-                    let (mut query, mut key) = (vec![0.0; dim], vec![0.0; dim]);
-                    for (row, d) in vec::key_order(dim).into_iter().enumerate() {
-                        (query[d], key[d]) = (q[row * queries + i / KEYS], keys[row * KEYS + i % KEYS]);
-                    }
-                    assert_eq!(*got, ops.dot(&query, &key), "{}: {queries} queries, {dim} dimensions", isa.name());
+                    let mut key = vec![0.0; dim];
+                    order.iter().enumerate().for_each(|(row, &d)| key[d] = keys[row * KEYS + i % KEYS]);
+                    let want = ops.dot(&q[i / KEYS * dim..][..dim], &key);
+                    assert_eq!(*got, want, "{}: {queries} queries, {dim} dimensions", isa.name());
                 }
-                // The same numbers as values: KEYS positions of `dim`, in any split of positions and columns.
+                let (halves, floats) = (panels(&halves, KEYS), panels(keys, KEYS));
                 let mut whole = vec![0.5; queries * dim];
                 let mut tile = Tile::whole(&mut whole, dim);
-                let weigh = |tile: &mut Tile, weights: &[f32], values: std::ops::Range<usize>| match half {
-                    true => ops.weigh_f16(tile, weights, KEYS, &halves[values], dim),
-                    false => ops.weigh_f32(tile, weights, KEYS, &keys[values], dim),
+                let weigh = |tile: &mut Tile, panels: Range<usize>, positions: Range<usize>| {
+                    let (weights, panels) = (&weights[positions.start..], panels.start * KEYS..panels.end * KEYS);
+                    match half {
+                        true => ops.weigh_f16(tile, weights, KEYS, &halves[panels], positions),
+                        false => ops.weigh_f32(tile, weights, KEYS, &floats[panels], positions),
+                    }
                 };
-                weigh(&mut tile, &weights, 0..KEYS * dim);
+                let columns = dim.next_multiple_of(PANEL);
+                weigh(&mut tile, 0..columns, 0..KEYS);
                 for (i, got) in whole.iter().enumerate() {
                     let mut want = 0.5f32;
                     for p in 0..KEYS {
@@ -184,14 +213,15 @@ fn attention_against_plain_loops() {
                     }
                     assert_eq!(*got, want, "{}: {queries} queries, {dim} dimensions: {i}", isa.name());
                 }
+                // In any split of positions and panels.
                 let mut parts = vec![0.5; queries * dim];
-                for columns in [0..dim / 3, dim / 3..dim].into_iter().filter(|columns| !columns.is_empty()) {
+                let middle = columns / 3 / PANEL * PANEL;
+                for panels in [0..middle, middle..columns].into_iter().filter(|panels| !panels.is_empty()) {
                     let tiles = Tiles::new(&mut parts, dim);
                     // SAFETY: the only tile there is.
-                    let mut tile = unsafe { tiles.tile(columns.clone()) };
-                    for positions in [0..1, 1..40, 40..KEYS] {
-                        let values = positions.start * dim + columns.start..(positions.end - 1) * dim + columns.end;
-                        weigh(&mut tile, &weights[positions.start..], values);
+                    let mut tile = unsafe { tiles.tile(panels.start..panels.end.min(dim)) };
+                    for positions in [0..1, 1..40, 40..40, 40..KEYS] {
+                        weigh(&mut tile, panels.clone(), positions);
                     }
                 }
                 assert_eq!(whole, parts, "{}: {queries} queries, {dim} dimensions", isa.name());
@@ -200,17 +230,10 @@ fn attention_against_plain_loops() {
     }
 }
 
-/// Rows of integers as nibbles.
-fn packed(rows: &[i8], len: usize) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for row in rows.chunks(len) {
-        let at = bytes.len();
-        bytes.resize(at + nibble_bytes(len), 0);
-        for (i, q) in row.iter().enumerate() {
-            bytes[at + i / 16 * 8 + i % 8] |= (*q as u8 & 15) << (i % 16 / 8 * 4);
-        }
-    }
-    bytes
+/// Rows of sixteen integers as nibbles.
+fn packed(rows: &[i8]) -> Vec<u8> {
+    let row = |row: &[i8; PANEL]| -> [u8; PANEL / 2] { std::array::from_fn(|i| (row[i] & 15 | row[i + 8] << 4) as u8) };
+    rows.as_chunks().0.iter().flat_map(row).collect()
 }
 
 /// Integers are widened exactly: they give the bits of the same numbers as f32. Their scales multiply scores last and
@@ -218,11 +241,13 @@ fn packed(rows: &[i8], len: usize) -> Vec<u8> {
 #[test]
 fn integers_are_as_good_as_f32() {
     let mut rng = Rng(10);
-    for (dim, queries) in [(1, 1), (7, 2), (8, 4), (16, 1), (40, 2), (64, 4), (100, 1), (256, 2), (512, 4)] {
+    for (dim, queries) in SHAPES {
         for bits in [8, 4] {
             // As many of every integer as of another, the lowest included.
             let integers: Vec<i8> = (0..dim * KEYS).map(|_| rng.byte() as i8 >> (8 - bits)).collect();
             let plain: Vec<f32> = integers.iter().map(|q| f32::from(*q)).collect();
+            let (keys, plain_keys) = (panels(&integers, dim), panels(&plain, dim));
+            let (values, plain_values) = (panels(&integers, KEYS), panels(&plain, KEYS));
             let q = rng.values(queries * dim);
             let weights = rng.values(queries * KEYS);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
@@ -232,32 +257,28 @@ fn integers_are_as_good_as_f32() {
                     let (mut got, mut want) = (vec![0.0; queries * KEYS], vec![0.0; queries * KEYS]);
                     let mut tile = Tile::whole(&mut got, KEYS);
                     match bits {
-                        8 => ops.scores_i8(&mut tile, &q, &integers, &scale),
-                        _ => ops.scores_i4(&mut tile, &q, &packed(&integers, KEYS), &scale),
+                        8 => ops.scores_i8(&mut tile, &q, &keys, &scale),
+                        _ => ops.scores_i4(&mut tile, &q, &packed(&keys), &scale),
                     }
-                    ops.scores_f32(&mut Tile::whole(&mut want, KEYS), &q, &plain);
+                    ops.scores_f32(&mut Tile::whole(&mut want, KEYS), &q, &plain_keys);
                     for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                         assert!(same(*got, want * scale[i % KEYS]), "{what}: score {i}");
                     }
 
-                    // Positions from `first` on, and columns from a third on: their beginnings are those of sixteen.
-                    for (first, column) in [(0, 0), (17, dim / 3 / 16 * 16)] {
-                        let (width, last) = (dim - column, KEYS - 3);
+                    // Some of the positions, and of the panels.
+                    for (positions, column) in [(0..KEYS - 2, 0), (17..KEYS, dim / 3 / PANEL * PANEL)] {
+                        let width = dim - column;
                         let (mut got, mut want) = (vec![0.5; queries * width], vec![0.5; queries * width]);
                         let mut tile = Tile::whole(&mut got, width);
-                        let (w, scale) = (&weights[first..], &scale[first..=last]);
-                        let run = first * dim + column..last * dim + dim;
+                        let (w, values) = (&weights[positions.start..], &values[column * KEYS..]);
                         match bits {
-                            8 => ops.weigh_i8(&mut tile, w, KEYS, &integers[run.clone()], scale, dim),
-                            _ => {
-                                let row = nibble_bytes(dim);
-                                let run = first * row + nibble_bytes(column)..last * row + row;
-                                ops.weigh_i4(&mut tile, w, KEYS, &packed(&integers, dim)[run], scale, row);
-                            }
+                            8 => ops.weigh_i8(&mut tile, w, KEYS, values, &scale, positions.clone()),
+                            _ => ops.weigh_i4(&mut tile, w, KEYS, &packed(values), &scale, positions.clone()),
                         }
-                        let scaled = |line: usize| w[line * KEYS..].iter().zip(scale).map(|(w, scale)| w * scale);
-                        let scaled: Vec<f32> = (0..queries).flat_map(scaled).collect();
-                        ops.weigh_f32(&mut Tile::whole(&mut want, width), &scaled, scale.len(), &plain[run], dim);
+                        let scaled = |line: usize| w[line * KEYS..].iter().zip(&scale[positions.clone()]);
+                        let scaled: Vec<f32> = (0..queries).flat_map(scaled).map(|(w, scale)| w * scale).collect();
+                        let plain = &plain_values[column * KEYS..];
+                        ops.weigh_f32(&mut Tile::whole(&mut want, width), &scaled, positions.len(), plain, positions);
                         assert!(got.iter().zip(&want).all(|(got, want)| same(*got, *want)), "{what}: sums");
                     }
                 }

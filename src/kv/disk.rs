@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{BLOCK, Block, Form, Kv, Layer, Scale, Store};
+use super::{BLOCK, Block, Form, Kv, Layer, PANEL, Scale, Store};
 use crate::new_file::NewFile;
 use crate::{Error, Kind, Result};
 
@@ -115,7 +115,7 @@ impl Kv {
             let Layer { head_dim, kv_heads, sliding, .. } = layer;
             format!("{il}: {kv_heads}x{head_dim} {sliding} {} {}", form(layer.keys), form(layer.values))
         });
-        format!("{BLOCK}; {}", layers.collect::<Vec<_>>().join("; "))
+        format!("{BLOCK}/{PANEL}; {}", layers.collect::<Vec<_>>().join("; "))
     }
 
     /// Bytes of a record of each class.
