@@ -39,7 +39,7 @@ use crate::{Error, Kind, Result};
 /// What the copies call themselves in `general.architecture`.
 pub const ARCHITECTURE: &str = "gemrun-pack";
 /// Version of the order of bytes within a tensor and of the file's keys. Copies of another version are made again.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 /// Tensor data starts at multiples of this, the largest page in use, so that advice on a tensor concerns no other.
 const ALIGNMENT: u32 = 65_536;
 /// Name of the tensor with the digests, bytes.

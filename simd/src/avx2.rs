@@ -55,7 +55,6 @@ impl<D: Dot> Simd for Ymm<D> {
     const ROWS: usize = 8;
     const ANEW: bool = D::ANEW;
     const NARROW: bool = D::NARROW;
-    const CRUMB_STREAMS: usize = if D::NARROW { 2 } else { 4 };
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]
@@ -205,8 +204,8 @@ impl<D: Dot> Simd for Ymm<D> {
         D::dot16_scaled(acc, w, a, range, scale)
     }
     #[inline(always)]
-    fn along(self, a: &[i8; 32]) -> __m256i {
-        load_i8(a)
+    fn load_i8(self, groups: [&[i8; 32]; 2]) -> __m256i {
+        load_i8(groups[0])
     }
     #[inline(always)]
     fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> __m256i {
@@ -234,8 +233,8 @@ impl<D: Dot> Simd for Ymm<D> {
         if bits == 8 { self.add(total, sums[0]) } else { D::widen(total, sums, bits) }
     }
     #[inline(always)]
-    fn across_lanes(self, totals: [__m256i; 4]) -> [i32; 8] {
-        let mut sums = [0; 8];
+    fn across_lanes(self, totals: [__m256i; 4]) -> [i32; 4] {
+        let mut sums = [0; 4];
         proven!({
             let halves = add_across(totals);
             let sum = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));

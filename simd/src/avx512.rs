@@ -62,6 +62,7 @@ impl Simd for Zmm {
     const ISA: Isa = Isa::Avx512;
     const ROWS: usize = 16;
     const TOKENS: usize = 8;
+    const AHEAD: usize = 512;
     const SIGNED_BIAS: i32 = 128;
 
     #[inline(always)]
@@ -223,8 +224,8 @@ impl Simd for Zmm {
     }
 
     #[inline(always)]
-    fn along(self, a: &[i8; 32]) -> __m512i {
-        proven!(_mm512_broadcast_i64x4(_mm256_loadu_si256(a.as_ptr().cast())))
+    fn load_i8(self, groups: [&[i8; 32]; 2]) -> __m512i {
+        proven!(both(_mm256_loadu_si256(groups[0].as_ptr().cast()), _mm256_loadu_si256(groups[1].as_ptr().cast())))
     }
     #[inline(always)]
     fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> __m512i {
@@ -272,15 +273,13 @@ impl Simd for Zmm {
         })
     }
     #[inline(always)]
-    fn across_lanes(self, totals: [__m512i; 4]) -> [i32; 8] {
-        let mut low = [proven!(_mm256_setzero_si256()); 4];
-        let mut high = low;
-        for (i, total) in totals.into_iter().enumerate() {
-            low[i] = proven!(_mm512_castsi512_si256(total));
-            high[i] = proven!(_mm512_extracti64x4_epi64::<1>(total));
+    fn across_lanes(self, totals: [__m512i; 4]) -> [i32; 4] {
+        let mut sums = [self.0.splat(0); 4];
+        for (sum, total) in sums.iter_mut().zip(totals) {
+            let high = proven!(_mm512_extracti64x4_epi64::<1>(total));
+            *sum = self.0.add(proven!(_mm512_castsi512_si256(total)), high);
         }
-        let (low, high) = (self.0.across_lanes(low), self.0.across_lanes(high));
-        [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
+        self.0.across_lanes(sums)
     }
 
     #[inline(always)]

@@ -1,15 +1,17 @@
 //! The kernels of formats with one scale a row: all integers, one multiplication at the end.
 //!
 //! The one idea: where a whole row is one integer sum, any lane may add any product. So a row is read as it lies in the file, a
-//! *piece* of 32 bytes at a time, and its lanes are added across once, at the end. A byte holds n = 4, 2 or 1 weights as
-//! fields of 2, 4 or 8 bits; one field of all bytes is masked out at a time, and the activations are put into that order first:
+//! *piece* of 32 bytes or, where vectors are as long, two of them at a time, and its lanes are added across once, at the end. A byte
+//! holds n = 4, 2 or 1 weights as fields of 2, 4 or 8 bits; one field of all bytes is masked out at a time, and the activations are
+//! put into that order first:
 //!
 //! ```text
 //! piece, two-bit weights        byte 0: k = 0 1 2 3 | byte 1: k = 4 5 6 7 | ... | byte 31: k = 124 .. 127
 //! activations of its fields     0 4 8 .. 124 | 1 5 9 .. 125 | 2 6 .. 126 | 3 7 .. 127
+//! of two pieces side by side    0 4 8 .. 252 | 1 5 9 .. 253 | ...
 //! ```
 //!
-//! *Few tokens* ([`few`]): two to eight rows far apart at a time, which are separate streams of memory and share their
+//! *Few tokens* ([`few`]): two or four rows far apart at a time, which are separate streams of memory and share their
 //! activations. *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to
 //! a weight.
 //!
@@ -26,23 +28,26 @@ use crate::{Acts, Format, Rows, Tile};
 /// The product of all rows of `w` with all tokens of `x`.
 #[inline(always)]
 pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Acts, out: &mut Tile) {
+    let wide = if x.tokens < MANY { const { S::ROWS / 8 } } else { 1 };
+    let piece = wide * const { 32 * fields::<B>() };
     let mut ordered = ORDERED.take();
-    let a = if const { in_order::<B>() } {
+    let a = if in_order::<B>(wide) && x.cols.is_multiple_of(piece) {
         x.q
     } else {
-        let len = x.cols.next_multiple_of(const { 32 * fields::<B>() });
+        let len = x.cols.next_multiple_of(piece);
         ordered.resize(x.tokens * len, 0);
         for (a, to) in x.q.chunks_exact(x.cols).zip(ordered.chunks_exact_mut(len)) {
-            by_fields::<B>(a, to);
+            by_fields::<B>(a, wide, to.as_chunks_mut().0);
         }
         &ordered
     };
     let a = a.as_chunks().0;
-    let tokens = Tokens { a, groups: a.len() / x.tokens, whole: x.cols / const { 32 * fields::<B>() }, x };
+    let tokens = Tokens { a, groups: a.len() / x.tokens, whole: x.cols / piece, x };
     if x.tokens >= MANY {
         Panel::<S>::new().matmul::<B>(s, w, row_bytes, &tokens, out);
     } else {
-        match const { if bits::<B>() == 2 { S::CRUMB_STREAMS } else { 4 } } {
+        // Narrow sums of two-bit weights need many registers.
+        match const { if S::NARROW && bits::<B>() == 2 { 2 } else { 4 } } {
             2 => few::<S, B, 2>(s, w, row_bytes, &tokens, out),
             _ => few::<S, B, 4>(s, w, row_bytes, &tokens, out),
         }
@@ -79,32 +84,48 @@ const fn piece<B: Block>(i: usize) -> [usize; 2] {
     }
 }
 
-/// Whether weights lie in the order of fields: one to a byte, or byte m of a piece with weights m, m + 32, m + 64, m + 96. Such rows
-/// are whole pieces.
-const fn in_order<B: Block>() -> bool {
-    fields::<B>() == 1 || matches!(B::FORMAT, Format::Tq2_0C)
+/// Whether weights lie in the order of the fields of so `wide` pieces: one to a byte, or byte m of a piece with weights m, m + 32,
+/// m + 64, m + 96.
+const fn in_order<B: Block>(wide: usize) -> bool {
+    fields::<B>() == 1 || wide == 1 && matches!(B::FORMAT, Format::Tq2_0C)
 }
 
-/// The activations of a token in the order of the fields, with zeros up to a whole piece.
+/// The activations of a token in the order of the fields of so `wide` pieces, with zeros up to their end.
 #[inline(always)]
-fn by_fields<B: Block>(a: &[i8], to: &mut [i8]) {
+fn by_fields<B: Block>(a: &[i8], wide: usize, to: &mut [[i8; 32]]) {
     let len = const { 32 * fields::<B>() };
     let (whole, rest) = a.split_at(a.len() / len * len);
-    let mut last = [0; 128];
+    let mut last = [0; 256];
     last[..rest.len()].copy_from_slice(rest);
-    let last = &last[..if rest.is_empty() { 0 } else { len }];
-    let pieces = whole.chunks_exact(len).chain(last.chunks_exact(len));
-    for (a, to) in pieces.zip(to.chunks_exact_mut(len)) {
-        let to = &mut to.as_chunks_mut().0[..const { fields::<B>() }];
-        if !matches!(B::FORMAT, Format::Q4_0C) {
-            neighbours(a, to);
-            continue;
-        }
-        // Byte m of a block has weights m and m + 16; a piece is two blocks.
-        for (m, half) in a.as_chunks::<16>().0.iter().enumerate() {
-            to[m % 2][m / 2 * 16..][..16].copy_from_slice(half);
+    let mut pieces = whole.chunks_exact(len).chain(last.chunks_exact(len));
+    for to in to.chunks_exact_mut(wide * const { fields::<B>() }) {
+        for i in 0..wide {
+            let a = pieces.next().expect("zeros beyond the end");
+            let dealt = dealt::<B>(a);
+            for f in 0..const { fields::<B>() } {
+                to[wide * f + i] = dealt[f];
+            }
         }
     }
+}
+
+/// The activations of a piece, field after field.
+#[inline(always)]
+fn dealt<B: Block>(a: &[i8]) -> [[i8; 32]; 4] {
+    let mut to = [[0; 32]; 4];
+    match B::FORMAT {
+        // Byte m of a block has weights m and m + 16; a piece is two blocks.
+        Format::Q4_0C => {
+            for (m, half) in a.as_chunks::<16>().0.iter().enumerate() {
+                to[m % 2][m / 2 * 16..][..16].copy_from_slice(half);
+            }
+        }
+        _ if const { in_order::<B>(1) } => {
+            to.as_flattened_mut()[..a.len()].copy_from_slice(a);
+        }
+        _ => neighbours(a, &mut to[..const { fields::<B>() }]),
+    }
+    to
 }
 
 /// Deals `a` out, one after another, to each of `to`, two or four. Read as words, compilers do it with vectors.
@@ -170,7 +191,7 @@ fn unfinished(isum: i32) -> f32 {
     f32::from_bits(isum as u32)
 }
 
-/// Piece `i` of a row, with zeros beyond the end.
+/// Piece `i` of a row, 32 bytes, with zeros beyond the end.
 #[inline(never)]
 fn padded<B: Block>(row: &[u8], i: usize) -> [u8; 32] {
     let mut whole = [0; 32];
@@ -182,36 +203,41 @@ fn padded<B: Block>(row: &[u8], i: usize) -> [u8; 32] {
     whole
 }
 
-/// Piece `i` of two rows.
+/// Piece `i` of a row, as long as a vector.
 ///
 /// # Safety
-/// Both rows must have that piece.
+/// The row must have that piece.
 #[inline(always)]
-unsafe fn load<S: Simd, B: Block>(s: S, rows: [&[u8]; 2], i: usize) -> S::B {
-    let [first, second] = piece::<B>(i);
+unsafe fn load<S: Simd, B: Block>(s: S, row: &[u8], i: usize) -> S::B {
+    let wide = const { S::ROWS / 8 };
+    let [first, second] = [piece::<B>(wide * i), piece::<B>(wide * i + wide - 1)];
+    let at = row.as_ptr();
     // SAFETY: the caller's promise.
     unsafe {
-        if second == first + 16 {
-            s.load(rows.map(|row| &*row.as_ptr().add(first).cast()))
+        if const { piece::<B>(0)[1] == 16 } {
+            s.load([&*at.add(first[0]).cast(), &*at.add(second[0]).cast()])
         } else {
-            s.load_halves(rows.map(|row| [first, second].map(|at| &*row.as_ptr().add(at).cast())))
+            let halves = [&*at.add(first[0]).cast(), &*at.add(first[1]).cast()];
+            s.load_halves([halves, [&*at.add(second[0]).cast(), &*at.add(second[1]).cast()]])
         }
     }
 }
 
 // Few tokens.
 
-/// Pieces multiplied in a turn of the loop.
-const TURN: usize = 4;
+/// Bytes of weights multiplied in a turn of the loop.
+const TURN: usize = 128;
+
+/// Rows read at once, all in all.
+const ROWS: usize = 4;
 
 /// `N` streams.
 #[inline(always)]
 fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    // Rows that `rows_at_once` takes, how many of them of each stream, and the rows of a stream.
-    let at_once = const { 4 * S::ROWS / 8 };
-    let together = const { 4 / N };
+    // Of each stream some rows, one after another.
+    let together = const { ROWS / N };
     let rows = w.bytes.len() / row_bytes;
-    let each = rows / at_once * together;
+    let each = rows / ROWS * together;
     // Rows of one token after another: they stay in a cache meanwhile.
     for t in 0..tokens.x.tokens {
         let (a, out) = (tokens.groups(t), &mut out.row(t)[..rows]);
@@ -219,17 +245,16 @@ fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, token
             rows_at_once::<S, B, N>(s, w.bytes, row_bytes, r, [each, 1], a, tokens.whole, out);
         }
         // What is left over: the last rows, some of them once more; or each on its own.
-        let over = rows % at_once;
-        let (n, step) = if rows > at_once { ((over > 0) as usize, [1, N]) } else { (over, [0, 0]) };
+        let over = rows % ROWS;
+        let (n, step) = if rows > ROWS { ((over > 0) as usize, [1, N]) } else { (over, [0, 0]) };
         for r in 0..n {
-            let first = if rows > at_once { rows - at_once } else { r };
+            let first = if rows > ROWS { rows - ROWS } else { r };
             rows_at_once::<S, B, N>(s, w.bytes, row_bytes, first, step, a, tokens.whole, out);
         }
     }
 }
 
-/// The integer sums of four or eight rows with one token: from `first` on, `N` of them `step[0]` apart, then those `step[1]`
-/// further.
+/// The integer sums of [`ROWS`] rows with one token: from `first` on, `N` of them `step[0]` apart, then those `step[1]` further.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn rows_at_once<S: Simd, B: Block, const N: usize>(
@@ -242,41 +267,39 @@ fn rows_at_once<S: Simd, B: Block, const N: usize>(
     whole: usize,
     out: &mut [f32],
 ) {
-    let halves = const { S::ROWS / 8 };
     let row = |i: usize| first + i % N * step[0] + i / N * step[1];
-    // With sixteen lanes, the other half of the streams.
-    let other = const { (S::ROWS / 8 - 1) * N } * step[0];
-    assert!((row(3) + other + 1) * row_bytes <= w.len());
-    let mut total = [s.splat(0); 4];
-    for at in (0..4).step_by(N) {
-        let mut rows = [[&[][..]; 2]; N];
+    assert!((row(ROWS - 1) + 1) * row_bytes <= w.len());
+    let mut total = [s.splat(0); ROWS];
+    unrolled!(g < const { ROWS / N }, {
+        let mut rows = [&[][..]; N];
         unrolled!(r < N, {
-            rows[r] = [row(at + r), row(at + r) + other].map(|row| {
-                // SAFETY: the last of these rows ends within `w`, as just checked.
-                unsafe { w.get_unchecked(row * row_bytes..(row + 1) * row_bytes) }
-            });
+            let row = row(g * N + r);
+            // SAFETY: the last of these rows ends within `w`, as just checked.
+            rows[r] = unsafe { w.get_unchecked(row * row_bytes..(row + 1) * row_bytes) };
         });
-        total[at..at + N].copy_from_slice(&sums::<S, B, N>(s, rows, a, whole));
-    }
-    let sums = s.across_lanes(total);
-    for half in 0..halves {
-        for i in 0..4 {
-            out[row(i) + half * other] = unfinished(sums[4 * half + i]);
-        }
+        let sums = sums::<S, B, N>(s, rows, a, whole);
+        unrolled!(r < N, {
+            total[g * N + r] = sums[r];
+        });
+    });
+    for (i, sum) in s.across_lanes(total).into_iter().enumerate() {
+        out[row(i)] = unfinished(sum);
     }
 }
 
-/// The sums of `N` rows, or pairs of rows, of `whole` pieces and perhaps part of another; some in each lane.
+/// The sums of `N` rows of `whole` pieces and perhaps part of another; some in each lane.
 #[inline(always)]
-fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], a: &[[i8; 32]], whole: usize) -> [S::I; N] {
-    let turn_bytes = const { piece::<B>(TURN)[0] - piece::<B>(0)[0] };
-    let fields = const { fields::<B>() };
-    let (a, rest) = a.split_at(whole * fields);
-    let turns = a.chunks_exact(TURN * fields);
-    let done = whole - turns.remainder().len() / fields;
+fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]], whole: usize) -> [S::I; N] {
+    // Groups of activations of a piece, pieces of a turn, and the bytes of a row those take.
+    let groups = const { S::ROWS / 8 * fields::<B>() };
+    let pieces = const { TURN / (4 * S::ROWS) };
+    let turn_bytes = const { piece::<B>(TURN / 32)[0] - piece::<B>(0)[0] };
+    let (a, rest) = a.split_at(whole * groups);
+    let turns = a.chunks_exact(pieces * groups);
+    let done = whole - turns.remainder().len() / groups;
     let mut total = [s.splat(0); N];
     let mut some = [s.no_sums(); N];
-    for (i, a) in turns.remainder().chunks_exact(fields).enumerate() {
+    for (i, a) in turns.remainder().chunks_exact(groups).enumerate() {
         unrolled!(r < N, {
             // SAFETY: rows have as many whole pieces as the tokens.
             some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], done + i) }, a);
@@ -286,15 +309,13 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], a: &[[i8
     let mut ahead = rows;
     for a in turns {
         unrolled!(r < N, {
-            for row in &ahead[r][..S::ROWS / 8] {
-                s.prefetch_lines(row.as_ptr().wrapping_add(further(N)), 0..turn_bytes.div_ceil(64));
-            }
+            s.prefetch_lines(ahead[r].as_ptr().wrapping_add(further::<S>(N)), 0..turn_bytes.div_ceil(64));
         });
-        unrolled!(u < TURN, {
+        unrolled!(u < pieces, {
             unrolled!(r < N, {
                 // SAFETY: as above.
                 let w = unsafe { load::<S, B>(s, ahead[r], u) };
-                some[r] = add::<S, B>(s, some[r], w, &a[u * fields..][..fields]);
+                some[r] = add::<S, B>(s, some[r], w, &a[u * groups..][..groups]);
             });
         });
         unrolled!(r < N, {
@@ -302,12 +323,13 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], a: &[[i8
                 (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
             }
             // SAFETY: as above: the pieces of this turn are there.
-            ahead[r] = ahead[r].map(|row| unsafe { row.get_unchecked(turn_bytes..) });
+            ahead[r] = unsafe { ahead[r].get_unchecked(turn_bytes..) };
         });
     }
     unrolled!(r < N, {
         if !rest.is_empty() {
-            let last = rows[r].map(|row| padded::<B>(row, whole));
+            let wide = const { S::ROWS / 8 };
+            let last = [padded::<B>(rows[r], wide * whole), padded::<B>(rows[r], wide * whole + wide - 1)];
             some[r] = add::<S, B>(s, some[r], s.load(last.each_ref()), rest);
         }
         total[r] = s.widen(total[r], some[r], bits::<B>());
@@ -318,10 +340,14 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [[&[u8]; 2]; N], a: &[[i8
 /// Adds the products of a piece with the activations of its fields.
 #[inline(always)]
 fn add<S: Simd, B: Block>(s: S, sums: S::Sums, w: S::B, a: &[[i8; 32]]) -> S::Sums {
+    let wide = const { S::ROWS / 8 };
     match fields::<B>() {
-        4 => s.crumbs(sums, w, [s.along(&a[0]), s.along(&a[1]), s.along(&a[2]), s.along(&a[3])]),
-        2 => s.nibbles(sums, w, [s.along(&a[0]), s.along(&a[1])]),
-        _ => s.bytes(sums, w, s.along(&a[0])),
+        4 => {
+            let [a, b, c, d] = [0, wide, 2 * wide, 3 * wide].map(|f| [&a[f], &a[f + wide - 1]]);
+            s.crumbs(sums, w, [s.load_i8(a), s.load_i8(b), s.load_i8(c), s.load_i8(d)])
+        }
+        2 => s.nibbles(sums, w, [s.load_i8([&a[0], &a[wide - 1]]), s.load_i8([&a[wide], &a[2 * wide - 1]])]),
+        _ => s.bytes(sums, w, s.load_i8([&a[0], &a[wide - 1]])),
     }
 }
 
@@ -403,7 +429,7 @@ impl<S: Simd> Panel<S> {
                 let bytes = &w[r.min(last) * row_bytes..][..row_bytes];
                 *row = if i < whole {
                     // SAFETY: the piece is one of the whole ones.
-                    unsafe { load::<S::Eight, B>(s, [bytes; 2], i) }
+                    unsafe { load::<S::Eight, B>(s, bytes, i) }
                 } else {
                     s.load32(&padded::<B>(bytes, i))
                 };

@@ -31,6 +31,20 @@ impl Format {
         !self.fields().is_empty()
     }
 
+    /// Byte `at` of a row's block in the order in which fields are stored: that of the file, but where kernels would jump about in it.
+    /// A block of Q6_K is stored as they read it: `d`, the scales, and of each half, four weights of eight parts at a time, the lower
+    /// bits of parts 0 and 2, of 1 and 3, the upper bits of all four. Memory is fetched ahead only where it is read in order.
+    #[inline(always)]
+    pub(crate) const fn place(self, at: usize) -> usize {
+        match self {
+            Format::Q6K if at < 128 => 18 + 96 * (at / 64) + 12 * (at % 32 / 4) + 4 * (at % 64 / 32) + at % 4,
+            Format::Q6K if at < 192 => 18 + 96 * ((at - 128) / 32) + 12 * (at % 32 / 4) + 8 + at % 4,
+            Format::Q6K if at < 208 => 2 + at - 192,
+            Format::Q6K => at - 208,
+            _ => at,
+        }
+    }
+
     /// The fields of a block: where each starts, and the bytes of a unit. A field ends where the next starts.
     const fn fields(self) -> &'static [(usize, usize)] {
         match self {
@@ -75,7 +89,7 @@ impl Format {
                 for at in (start..end).step_by(size) {
                     for row in 0..ROWS {
                         let first = row * row_bytes + b * block + at;
-                        unit(first..first + size, ROWS * (b * block + at) + row * size, from, to);
+                        unit(first..first + size, ROWS * (b * block + self.place(at)) + row * size, from, to);
                     }
                 }
             }

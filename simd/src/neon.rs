@@ -295,8 +295,8 @@ impl<D: Dot> Simd for Neon<D> {
     }
 
     #[inline(always)]
-    fn along(self, a: &[i8; 32]) -> Bytes {
-        both(activations(a), |a| proven!(vreinterpretq_u8_s8(a)))
+    fn load_i8(self, groups: [&[i8; 32]; 2]) -> Bytes {
+        both(activations(groups[0]), |a| proven!(vreinterpretq_u8_s8(a)))
     }
     #[inline(always)]
     fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> Bytes {
@@ -324,8 +324,8 @@ impl<D: Dot> Simd for Neon<D> {
         [D::widen(total[0], sums, bits), total[1]]
     }
     #[inline(always)]
-    fn across_lanes(self, totals: [Ints; 4]) -> [i32; 8] {
-        let mut sums = [0; 8];
+    fn across_lanes(self, totals: [Ints; 4]) -> [i32; 4] {
+        let mut sums = [0; 4];
         let rows = [totals[0][0], totals[1][0], totals[2][0], totals[3][0]];
         proven!(vst1q_s32(sums.as_mut_ptr(), add_across(rows)));
         sums

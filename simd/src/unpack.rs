@@ -8,6 +8,8 @@
 //! To give a format vectors, add it to [`codes`]; to give it loops for few tokens, which read it where it lies in both orders of
 //! bytes, also to `interleave.rs`, and to [`lanes`] if it has scales within its blocks.
 
+use std::marker::PhantomData;
+
 use crate::Format;
 use crate::format::{self, Block};
 use crate::wide::{Eight, Simd, prefetch};
@@ -282,43 +284,60 @@ impl<S: Eight> Fields<S> for EightRows<'_> {
 
 /// One block of eight rows in interleaved order, or of two times eight, and which vector of a group is meant: weights
 /// `4v..4v + 4` of each row.
-#[derive(Clone, Copy)]
-pub(crate) struct Vector<'a> {
+pub(crate) struct Vector<'a, B> {
     block: [&'a [u8]; 2],
     v: usize,
+    format: PhantomData<B>,
 }
 
-impl<'a> Vector<'a> {
-    /// No block at all.
+impl<B> Clone for Vector<'_, B> {
     #[inline(always)]
-    pub fn none() -> Vector<'a> {
-        Vector { block: [&[]; 2], v: 0 }
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Vector<'_, B> {}
+
+impl<'a, B: Block> Vector<'a, B> {
+    #[inline(always)]
+    fn new(block: [&'a [u8]; 2]) -> Vector<'a, B> {
+        Vector { block, v: 0, format: PhantomData }
     }
 
-    /// Block `b` of eight rows each, `block_bytes` long.
+    /// No block at all.
     #[inline(always)]
-    pub fn block(groups: [&'a [u8]; 2], b: usize, block_bytes: usize) -> Vector<'a> {
-        let at = b * block_bytes;
-        assert!(at + block_bytes <= groups[0].len() && at + block_bytes <= groups[1].len());
-        Vector { block: [&groups[0][at..at + block_bytes], &groups[1][at..at + block_bytes]], v: 0 }
+    pub fn none() -> Vector<'a, B> {
+        Vector::new([&[]; 2])
+    }
+
+    /// Bytes of a block of eight rows.
+    const BYTES: usize = 8 * B::FORMAT.block_bytes();
+
+    /// Block `b` of eight rows each.
+    #[inline(always)]
+    pub fn block(groups: [&'a [u8]; 2], b: usize) -> Vector<'a, B> {
+        let at = b * Self::BYTES;
+        assert!(at + Self::BYTES <= groups[0].len() && at + Self::BYTES <= groups[1].len());
+        Vector::new(groups.map(|group| &group[at..at + Self::BYTES]))
     }
 
     /// Takes the first block off what is left of eight rows each.
     ///
     /// # Safety
-    /// There must be one, of `block_bytes`.
+    /// There must be one.
     #[inline(always)]
-    pub unsafe fn take(groups: &mut [&'a [u8]; 2], block_bytes: usize) -> Vector<'a> {
+    pub unsafe fn take(groups: &mut [&'a [u8]; 2]) -> Vector<'a, B> {
         // SAFETY: the caller's promise.
         let ((first, rest), (second, second_rest)) =
-            unsafe { (groups[0].split_at_unchecked(block_bytes), groups[1].split_at_unchecked(block_bytes)) };
+            unsafe { (groups[0].split_at_unchecked(Self::BYTES), groups[1].split_at_unchecked(Self::BYTES)) };
         *groups = [rest, second_rest];
-        Vector { block: [first, second], v: 0 }
+        Vector::new([first, second])
     }
 
     /// Vector `v` of each group of the block.
     #[inline(always)]
-    pub fn at(&self, v: usize) -> Vector<'a> {
+    pub fn at(&self, v: usize) -> Vector<'a, B> {
         Vector { v, ..*self }
     }
 
@@ -334,6 +353,7 @@ impl<'a> Vector<'a> {
     /// `N` bytes of each group where byte `at` of a row's block has come to stand.
     #[inline(always)]
     pub fn fields<const N: usize>(&self, at: usize) -> [&'a [u8; N]; 2] {
+        let at = B::FORMAT.place(at);
         [
             self.block[0][8 * at..].first_chunk().expect("N bytes"),
             self.block[1][8 * at..].first_chunk().expect("N bytes"),
@@ -341,7 +361,7 @@ impl<'a> Vector<'a> {
     }
 }
 
-impl<S: Simd> Codes<S> for Vector<'_> {
+impl<S: Simd, B: Block> Codes<S> for Vector<'_, B> {
     #[inline(always)]
     fn bytes(self, s: S, at: usize) -> S::B {
         s.load(self.fields(at + 4 * self.v))
@@ -355,12 +375,12 @@ impl<S: Simd> Codes<S> for Vector<'_> {
         unreachable!("no format that interleaves has bits apart")
     }
     #[cold]
-    fn others<B: Block>(self, _: S, _: usize) -> S::B {
-        unreachable!("{}: does not interleave", B::FORMAT)
+    fn others<O: Block>(self, _: S, _: usize) -> S::B {
+        unreachable!("{}: does not interleave", O::FORMAT)
     }
 }
 
-impl<S: Simd> Fields<S> for Vector<'_> {
+impl<S: Simd, B: Block> Fields<S> for Vector<'_, B> {
     #[inline(always)]
     fn half(&self, s: S, at: usize) -> S::F {
         s.halves(self.fields(at))

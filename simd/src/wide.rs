@@ -82,7 +82,7 @@ pub(crate) trait Simd: Copy {
     type I: Copy;
     /// An f32 for each row.
     type F: Copy;
-    /// Sums of products of one row with one token, wherever they stand; with sixteen lanes, of two rows.
+    /// Sums of products of one row with one token, wherever they stand.
     type Sums: Copy;
     /// The same ISA with eight rows in lanes; itself, unless `ROWS` is 16.
     type Eight: Eight;
@@ -94,13 +94,13 @@ pub(crate) trait Simd: Copy {
     const TURN: usize = 1;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
     const TOKENS: usize = 4;
-    /// Rows of two-bit weights read at once, or pairs of rows: 4, or 2 where there are registers for no more.
-    const CRUMB_STREAMS: usize = 4;
     /// Whether [`Simd::Sums`] have room for four times 32 bytes of weights only, and must then be [`Simd::widen`]ed.
     const NARROW: bool = false;
     /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
     /// one before it.
     const ANEW: bool = false;
+    /// How far ahead of each of four streams its bytes are asked for.
+    const AHEAD: usize = AHEAD;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 
@@ -161,11 +161,11 @@ pub(crate) trait Simd: Copy {
         v
     }
 
-    /// Asks for some lines, see [`prefetch`], counted from [`AHEAD`] beyond `at`.
+    /// Asks for some lines, see [`prefetch`], counted from [`Simd::AHEAD`] beyond `at`.
     #[inline(always)]
     fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
         for line in lines {
-            prefetch(at.wrapping_add(AHEAD + 64 * line));
+            prefetch(at.wrapping_add(Self::AHEAD + 64 * line));
         }
     }
 
@@ -223,13 +223,12 @@ pub(crate) trait Simd: Copy {
         acc
     }
 
-    /// The same 32 activations for the eight rows, or for both times eight.
-    fn along(self, a: &[i8; 32]) -> Self::B;
-    /// Two times 16 bytes for each.
+    fn load_i8(self, groups: [&[i8; 32]; 2]) -> Self::B;
+    /// [`Simd::load`] of groups whose halves lie apart.
     fn load_halves(self, groups: [[&[u8; 16]; 2]; 2]) -> Self::B;
     /// No sums yet.
     fn no_sums(self) -> Self::Sums;
-    /// Adds the products of 32 bytes of a row, four weights to a byte, with the activations of the lowest to the highest two bits.
+    /// Adds the products of bytes of a row, four weights to a byte, with the activations of the lowest to the highest two bits.
     fn crumbs(self, sums: Self::Sums, w: Self::B, a: [Self::B; 4]) -> Self::Sums;
     /// The same of two weights to a byte.
     fn nibbles(self, sums: Self::Sums, w: Self::B, a: [Self::B; 2]) -> Self::Sums;
@@ -237,9 +236,8 @@ pub(crate) trait Simd: Copy {
     fn bytes(self, sums: Self::Sums, w: Self::B, a: Self::B) -> Self::Sums;
     /// `total` plus sums of products of weights of `bits` bits.
     fn widen(self, total: Self::I, sums: Self::Sums, bits: usize) -> Self::I;
-    /// The sum of all lanes of each vector; with 16 of them, of their first eight each, then, in the second half, of their last
-    /// eight each.
-    fn across_lanes(self, totals: [Self::I; 4]) -> [i32; 8];
+    /// The sum of all lanes of each vector.
+    fn across_lanes(self, totals: [Self::I; 4]) -> [i32; 4];
 
     /// −bias·(sums[0] + sums[1]) in every lane: what a dot product of 32 biased weights starts from.
     fn start(self, sums: &[i16; 2], bias: i32) -> Self::I;
@@ -529,26 +527,29 @@ pub(crate) fn write(lanes: &[f32; 16], out: &mut [f32]) {
 
 // Few tokens, interleaved order.
 
-/// Reads as many streams at once as there are rows for.
+/// Reads four streams of eight rows at once, or two, each of them from end to end, as far as there are rows for that.
 #[inline(always)]
 fn interleaved<S: Simd, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
     let rows = w.len() / row_bytes;
     // Blocks of many groups keep many vectors alive: fewer streams.
-    let streams = const { if B::FORMAT.block_elems() > 32 { 2 } else { 32 / S::ROWS } };
-    let each = rows / (streams * S::ROWS) * S::ROWS;
-    let mut done = streams * each;
-    match streams {
-        8 => few_interleaved::<S, B, 8>(s, w, row_bytes, 0, each, x, out),
+    let streams = const {
+        match unpack::period(B::FORMAT) {
+            4 => 16 / S::ROWS,
+            1 => 32 / S::ROWS,
+            _ => 2,
+        }
+    };
+    let each = rows / (streams * S::ROWS) * 8;
+    let mut done = match streams {
+        1 => 0,
         4 => few_interleaved::<S, B, 4>(s, w, row_bytes, 0, each, x, out),
         _ => few_interleaved::<S, B, 2>(s, w, row_bytes, 0, each, x, out),
-    }
-    let rest = (rows - done) / S::ROWS * S::ROWS;
-    few_interleaved::<S, B, 1>(s, w, row_bytes, done, rest, x, out);
-    done += rest;
+    };
+    done = few_interleaved::<S, B, 1>(s, w, row_bytes, done, (rows - done) / S::ROWS * 8, x, out);
     few_interleaved::<S::Eight, B, 1>(s.eight(), w, row_bytes, done, rows - done, x, out);
 }
 
-/// Rows `from..from + N·each`: `N` streams of `each` rows.
+/// Rows from `from` on: `N` streams of `each` rows, or pairs of streams; returns the row after them.
 #[inline(always)]
 fn few_interleaved<S: Simd, B: Block, const N: usize>(
     s: S,
@@ -558,20 +559,20 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     each: usize,
     x: &Acts,
     out: &mut Tile,
-) {
+) -> usize {
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     let group_bytes = block_bytes / per_block;
-    let ahead = const { AHEAD + further(N) };
+    let ahead = const { S::AHEAD + further::<S>(N * S::ROWS / 8) };
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
-    for r in (0..each).step_by(S::ROWS) {
+    // With sixteen lanes, the other half of the streams.
+    let other = const { (S::ROWS / 8 - 1) * N } * each;
+    for r in (0..each).step_by(8) {
         let mut streams = [[&[][..]; 2]; N];
         for (i, stream) in streams.iter_mut().enumerate() {
             let first = from + i * each + r;
-            // The second group, where there is one; where not, it is never looked at.
-            let second = if S::ROWS == 16 { first + 8 } else { first };
-            *stream = [first, second].map(|row| &w[row * row_bytes..][..8 * row_bytes]);
+            *stream = [first, first + other].map(|row| &w[row * row_bytes..][..8 * row_bytes]);
         }
         for t in 0..x.tokens {
             let token = Token::of(x, t, 0, blocks * per_block);
@@ -592,7 +593,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
                 let mut common = [unpack::Common::<S>::none(s); N];
                 let mut block = [Vector::none(); N];
                 unrolled!(i < N, {
-                    block[i] = Vector::block(streams[i], b, block_bytes);
+                    block[i] = Vector::block(streams[i], b);
                     common[i] = unpack::common::<S, B, _>(s, &block[i]);
                 });
                 let (token, from) =
@@ -614,17 +615,22 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
                 }
             }
             for (i, acc) in acc.into_iter().enumerate() {
-                store(s, acc, &mut out.row(t)[from + i * each + r..][..S::ROWS]);
+                let mut lanes = [0.0; 16];
+                s.store_f32(acc, &mut lanes);
+                for (half, lanes) in lanes.as_chunks::<8>().0.iter().enumerate().take(S::ROWS / 8) {
+                    out.row(t)[from + half * other + i * each + r..][..8].copy_from_slice(lanes);
+                }
             }
         }
     }
+    from + N * S::ROWS / 8 * each
 }
 
 /// Adds the products of group `g` of a block with a group of activations.
 #[inline(always)]
 fn add_group<S: Simd, B: Block>(
     s: S,
-    block: &Vector,
+    block: &Vector<B>,
     common: &unpack::Common<S>,
     g: usize,
     (a, da, sums): (&[i8; 32], f32, &[i16; 2]),
@@ -663,7 +669,7 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
                 s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
             }
             // SAFETY: the caller's promise.
-            let block = unsafe { Vector::take(&mut streams[i], block_bytes) };
+            let block = unsafe { Vector::take(&mut streams[i]) };
             let common = unpack::common::<S, B, _>(s, &block);
             acc[i] = add_group::<S, B>(s, &block, &common, 0, group, acc[i]);
         });
@@ -692,8 +698,8 @@ pub(crate) fn prefetch<T>(at: *const T) {
 pub(crate) const AHEAD: usize = 2048;
 
 /// How much further, where there are so few streams: so that as much is on its way.
-pub(crate) const fn further(streams: usize) -> usize {
-    if streams < 4 { (4 / streams - 1) * AHEAD } else { 0 }
+pub(crate) const fn further<S: Simd>(streams: usize) -> usize {
+    if streams < 4 { (4 / streams - 1) * S::AHEAD } else { 0 }
 }
 
 // Many tokens.
@@ -803,9 +809,8 @@ impl<S: Simd> Panel<S> {
     #[inline(always)]
     fn spread<B: Block>(&mut self, s: S::Eight, half: usize, w: &[u8], from: usize, n: usize) {
         let per_block = const { B::FORMAT.block_elems() / 32 };
-        let block_bytes = const { 8 * B::FORMAT.block_bytes() };
         for b in 0..n / per_block {
-            let block = Vector::block([w, w], from / per_block + b, block_bytes);
+            let block = Vector::<B>::block([w, w], from / per_block + b);
             let common = unpack::common::<S::Eight, B, _>(s, &block);
             for g in 0..per_block {
                 let k = b * per_block + g;
