@@ -4,7 +4,7 @@
 //! *cache*: one token and 64 tokens, weights that stay in the second-level cache, in weights times tokens a second.
 //! *prompt*: 64 tokens, a matrix of 12288 rows of 1536, in multiply-adds a second; `peak` is the ISA's int8 arithmetic in
 //! registers. *memory*: one token, 256 MB of weights, in bytes a second, on one and on two threads; `read` is the same
-//! buffer read and nothing else. Criterion measures one after another: on a busy machine repeat, and compare ratios.
+//! buffer read and nothing else, in several ways, of which the fastest counts. Criterion measures one after another: on a busy machine repeat, and compare ratios.
 
 use std::time::Duration;
 
@@ -144,13 +144,17 @@ fn memory(c: &mut Criterion) {
         quick(&mut group);
         let lines: Vec<measure::Line> = vec![[1; 8]; BYTES / size_of::<measure::Line>()];
         group.throughput(Throughput::Bytes(BYTES as u64));
-        group.bench_function("read", |b| {
-            b.iter(|| {
-                std::thread::scope(|s| {
-                    lines.chunks(lines.len() / threads).for_each(|lines| _ = s.spawn(|| measure::read(lines)));
+        for way in measure::WAYS {
+            group.bench_function(format!("read, {} streams", way.streams), |b| {
+                b.iter(|| {
+                    std::thread::scope(|s| {
+                        lines
+                            .chunks(lines.len() / threads)
+                            .for_each(|lines| _ = s.spawn(move || measure::read(lines, way)));
+                    });
                 });
             });
-        });
+        }
         drop(lines);
         for kernel in hot() {
             let row_bytes = kernel.format().row_bytes(COLS).expect("whole blocks");

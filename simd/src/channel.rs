@@ -22,7 +22,7 @@
 use std::cell::Cell;
 
 use crate::format::Block;
-use crate::wide::{self, Eight, MANY, Range, Simd, further, unrolled};
+use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
 use crate::{Acts, Format, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -269,6 +269,7 @@ fn rows_at_once<S: Simd, B: Block, const N: usize>(
 ) {
     let row = |i: usize| first + i % N * step[0] + i / N * step[1];
     assert!((row(ROWS - 1) + 1) * row_bytes <= w.len());
+    let (a, rest) = a.split_at(whole * const { S::ROWS / 8 * fields::<B>() });
     let mut total = [s.splat(0); ROWS];
     unrolled!(g < const { ROWS / N }, {
         let mut rows = [&[][..]; N];
@@ -277,26 +278,47 @@ fn rows_at_once<S: Simd, B: Block, const N: usize>(
             // SAFETY: the last of these rows ends within `w`, as just checked.
             rows[r] = unsafe { w.get_unchecked(row * row_bytes..(row + 1) * row_bytes) };
         });
-        let sums = sums::<S, B, N>(s, rows, a, whole);
+        let sums = sums::<S, B, N>(s, rows, a);
         unrolled!(r < N, {
             total[g * N + r] = sums[r];
         });
     });
-    for (i, sum) in s.across_lanes(total).into_iter().enumerate() {
+    for (i, mut sum) in s.across_lanes(total).into_iter().enumerate() {
+        if !rest.is_empty() {
+            sum = sum.wrapping_add(last::<S, B>(&w[row(i) * row_bytes..][..row_bytes], whole, rest));
+        }
         out[row(i)] = unfinished(sum);
     }
 }
 
-/// The sums of `N` rows of `whole` pieces and perhaps part of another; some in each lane.
+/// The sum of what follows the `whole` pieces of a row, with its activations.
+#[inline(never)]
+fn last<S: Simd, B: Block>(row: &[u8], whole: usize, a: &[[i8; 32]]) -> i32 {
+    let wide = const { S::ROWS / 8 };
+    let mut sum: i32 = 0;
+    for i in 0..wide {
+        for (m, byte) in padded::<B>(row, wide * whole + i).into_iter().enumerate() {
+            for f in 0..const { fields::<B>() } {
+                let q = match const { bits::<B>() } {
+                    8 => i32::from(byte as i8) + S::SIGNED_BIAS,
+                    n => i32::from(byte) >> (n * f) & ((1 << n) - 1),
+                };
+                sum = sum.wrapping_add(q * i32::from(a[wide * f + i][m]));
+            }
+        }
+    }
+    sum
+}
+
+/// The sums of `N` rows with the activations of their whole pieces; some in each lane.
 #[inline(always)]
-fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]], whole: usize) -> [S::I; N] {
+fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]]) -> [S::I; N] {
     // Groups of activations of a piece, pieces of a turn, and the bytes of a row those take.
     let groups = const { S::ROWS / 8 * fields::<B>() };
     let pieces = const { TURN / (4 * S::ROWS) };
     let turn_bytes = const { piece::<B>(TURN / 32)[0] - piece::<B>(0)[0] };
-    let (a, rest) = a.split_at(whole * groups);
     let turns = a.chunks_exact(pieces * groups);
-    let done = whole - turns.remainder().len() / groups;
+    let done = (a.len() - turns.remainder().len()) / groups;
     let mut total = [s.splat(0); N];
     let mut some = [s.no_sums(); N];
     for (i, a) in turns.remainder().chunks_exact(groups).enumerate() {
@@ -309,7 +331,7 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]
     let mut ahead = rows;
     for a in turns {
         unrolled!(r < N, {
-            s.prefetch_lines(ahead[r].as_ptr().wrapping_add(further::<S>(N)), 0..turn_bytes.div_ceil(64));
+            s.prefetch_lines(ahead[r].as_ptr(), N, 0..turn_bytes.div_ceil(64));
         });
         unrolled!(u < pieces, {
             unrolled!(r < N, {
@@ -327,11 +349,6 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]
         });
     }
     unrolled!(r < N, {
-        if !rest.is_empty() {
-            let wide = const { S::ROWS / 8 };
-            let last = [padded::<B>(rows[r], wide * whole), padded::<B>(rows[r], wide * whole + wide - 1)];
-            some[r] = add::<S, B>(s, some[r], s.load(last.each_ref()), rest);
-        }
         total[r] = s.widen(total[r], some[r], bits::<B>());
     });
     total

@@ -2,7 +2,7 @@
 //!
 //! The one idea: work that does one thing and nothing else. [`read`] reads every byte of a buffer once, from several
 //! places at a time and asking ahead for what comes next, which is how one core gets most and how the kernels read
-//! weights. [`int8`] multiplies and adds what is in registers already. Neither knows of time and threads: who measures runs
+//! weights; which of the [`WAYS`] is fastest depends on the CPU. [`int8`] multiplies and adds what is in registers already. Neither knows of time and threads: who measures runs
 //! them on each thread and looks at a clock.
 
 use crate::Isa;
@@ -11,38 +11,52 @@ use crate::wide::prefetch;
 /// A line of a cache, on every CPU but a few with longer ones.
 pub type Line = [u64; 8];
 
-/// Places read at once, an equal part of the buffer from each other.
-pub const STREAMS: usize = 8;
+/// A way to read.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// Places read at once, an equal part of the buffer from each other.
+    pub streams: usize,
+    /// Lines asked for ahead of the one being read.
+    pub ahead: usize,
+}
 
-/// Lines asked for ahead of the one being read: 2 KB.
-const AHEAD: usize = 32;
+/// Who wants to know how fast memory can be read tries them all.
+pub const WAYS: [Way; 2] = [Way { streams: 8, ahead: 32 }, Way { streams: 4, ahead: 4 }];
 
 /// Reads every line once and returns the exclusive or of all words, so that no read can be left out.
-pub fn read(lines: &[Line]) -> u64 {
+pub fn read(lines: &[Line], way: Way) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         #[target_feature(enable = "avx2")]
-        fn wide(lines: &[Line]) -> u64 {
-            streams(lines)
+        fn wide(lines: &[Line], way: Way) -> u64 {
+            streams(lines, way)
         }
         // SAFETY: this CPU has AVX2.
-        return unsafe { wide(lines) };
+        return unsafe { wide(lines, way) };
     }
-    streams(lines)
+    streams(lines, way)
 }
 
 #[inline(always)]
-fn streams(lines: &[Line]) -> u64 {
-    let length = lines.len() / STREAMS;
-    let (even, rest) = lines.split_at(STREAMS * length);
-    let mut streams = [even; STREAMS];
+fn streams(lines: &[Line], way: Way) -> u64 {
+    match way.streams {
+        4 => from_places::<4>(lines, way.ahead),
+        _ => from_places::<8>(lines, way.ahead),
+    }
+}
+
+#[inline(always)]
+fn from_places<const N: usize>(lines: &[Line], ahead: usize) -> u64 {
+    let length = lines.len() / N;
+    let (even, rest) = lines.split_at(N * length);
+    let mut streams = [even; N];
     for (i, stream) in streams.iter_mut().enumerate() {
         *stream = &even[i * length..][..length];
     }
     let mut sums = [[0; 8]; 2];
     for at in 0..length {
         for (i, stream) in streams.iter().enumerate() {
-            prefetch(stream.as_ptr().wrapping_add(at + AHEAD));
+            prefetch(stream.as_ptr().wrapping_add(at + ahead));
             xor(&mut sums[i % 2], &stream[at]);
         }
     }
@@ -183,10 +197,12 @@ mod tests {
         for n in (0..40).chain([257, 1000]) {
             let mut lines: Vec<Line> = (0..n).map(|_| std::array::from_fn(|_| rng.next())).collect();
             let sum = lines.as_flattened().iter().fold(0, |sum, word| sum ^ word);
-            assert_eq!((read(&lines), streams(&lines)), (sum, sum), "{n} lines");
+            for way in WAYS {
+                assert_eq!((read(&lines, way), streams(&lines, way)), (sum, sum), "{n} lines, {way:?}");
+            }
             if n > 0 {
                 lines[n * 3 / 4][5] ^= 1 << 40;
-                assert_eq!(read(&lines), sum ^ 1 << 40, "{n} lines");
+                assert!(WAYS.into_iter().all(|way| read(&lines, way) == sum ^ 1 << 40), "{n} lines");
             }
         }
     }

@@ -99,8 +99,6 @@ pub(crate) trait Simd: Copy {
     /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
     /// one before it.
     const ANEW: bool = false;
-    /// How far ahead of each of four streams its bytes are asked for.
-    const AHEAD: usize = AHEAD;
     /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 
@@ -161,11 +159,16 @@ pub(crate) trait Simd: Copy {
         v
     }
 
-    /// Asks for some lines, see [`prefetch`], counted from [`Simd::AHEAD`] beyond `at`.
+    /// How far ahead of each of so many streams its bytes are asked for: of few streams further, so that as much is on its way.
     #[inline(always)]
-    fn prefetch_lines(self, at: *const u8, lines: std::ops::Range<usize>) {
+    fn ahead(streams: usize) -> usize {
+        AHEAD * (4 / streams).max(1)
+    }
+    /// Asks for some lines of one of so many streams, see [`prefetch`], counted from [`Simd::ahead`] of `at`.
+    #[inline(always)]
+    fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
         for line in lines {
-            prefetch(at.wrapping_add(Self::AHEAD + 64 * line));
+            prefetch(at.wrapping_add(Self::ahead(streams) + 64 * line));
         }
     }
 
@@ -563,7 +566,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     let group_bytes = block_bytes / per_block;
-    let ahead = const { S::AHEAD + further::<S>(N * S::ROWS / 8) };
+    let ahead = S::ahead(const { N * S::ROWS / 8 });
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     // With sixteen lanes, the other half of the streams.
@@ -664,9 +667,8 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
         let group = unsafe { token.take(1) }.group(0);
         let lines = (b * block_bytes).div_ceil(64)..((b + 1) * block_bytes).div_ceil(64);
         unrolled!(i < N, {
-            s.prefetch_lines(start[i][0].as_ptr(), lines.clone());
-            if S::ROWS == 16 {
-                s.prefetch_lines(start[i][1].as_ptr(), lines.clone());
+            for start in &start[i][..S::ROWS / 8] {
+                s.prefetch_lines(start.as_ptr(), const { N * S::ROWS / 8 }, lines.clone());
             }
             // SAFETY: the caller's promise.
             let block = unsafe { Vector::take(&mut streams[i]) };
@@ -694,13 +696,8 @@ pub(crate) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
-/// How far ahead of a stream its bytes are asked for.
+/// How far ahead of each of four streams its bytes are asked for.
 pub(crate) const AHEAD: usize = 2048;
-
-/// How much further, where there are so few streams: so that as much is on its way.
-pub(crate) const fn further<S: Simd>(streams: usize) -> usize {
-    if streams < 4 { (4 / streams - 1) * S::AHEAD } else { 0 }
-}
 
 // Many tokens.
 

@@ -271,7 +271,6 @@ impl Report {
                 "gb_s": rounded(b.all / 1e9),
                 "gb_s_1_thread": rounded(b.one / 1e9),
                 "buffer_bytes": b.buffer,
-                "streams": gemrun_simd::measure::STREAMS,
             })),
             "int8_products_per_s": self.int8.map(f64::round),
             "version": env!("CARGO_PKG_VERSION"),
