@@ -274,7 +274,7 @@ fn the_order_of_bytes_has_a_number() {
     let mut hash = Sha256::new();
     copy.tensors().iter().filter(|t| t.name != "pack.sha256").for_each(|t| hash.update(&*copy.bytes(t)));
     let digest: String = hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    assert_eq!((copy.uint("pack.layout").unwrap(), &*digest), (Some(1), "24da862acdb2c77c"));
+    assert_eq!((copy.uint("pack.layout").unwrap(), &*digest), (Some(2), "00273a0e3d16b677"));
 }
 
 // Not used for what it does not fit.

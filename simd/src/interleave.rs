@@ -1,14 +1,15 @@
 //! The interleaved order of a matrix: eight rows side by side, so that rows stand in the lanes of a vector as they are read.
 //!
 //! The one idea: of eight rows, block b of each row is taken together, and every field of the block is dealt out in small
-//! units, row after row: two bytes at a time for scales, four for weights. Byte `at` of a row's block, unit `u` of its
-//! field, comes to stand at
+//! units, row after row: two bytes at a time for scales, four for weights. A byte comes to stand at
 //!
 //! ```text
-//! 8·(start of the field) + u·8·(bytes of a unit) + row·(bytes of a unit) + (byte within the unit)
+//! 8·(place of its unit) + row·(bytes of a unit) + (byte within the unit)
 //! ```
 //!
-//! so the size does not change, and 32 bytes hold four bytes of each of eight rows. Q4_0, of 18 bytes a row and block:
+//! so the size does not change, and 32 bytes hold four bytes of each of eight rows. The place of a unit is where it starts in
+//! a row's block, but in Q6_K, whose units come in the order in which kernels read them: [`Format::place`]. Q4_0, of 18 bytes a
+//! row and block:
 //!
 //! ```text
 //! 0     d of rows 0..8           16 bytes
@@ -31,9 +32,10 @@ impl Format {
         !self.fields().is_empty()
     }
 
-    /// Byte `at` of a row's block in the order in which fields are stored: that of the file, but where kernels would jump about in it.
-    /// A block of Q6_K is stored as they read it: `d`, the scales, and of each half, four weights of eight parts at a time, the lower
-    /// bits of parts 0 and 2, of 1 and 3, the upper bits of all four. Memory is fetched ahead only where it is read in order.
+    /// Where byte `at` of a row's block is in the order in which units are stored: that of the file, but for Q6_K, in which kernels
+    /// would jump about, and CPUs fetch memory ahead only where it is read in order. `d` comes first, then the scales, then of each
+    /// half, for four weights at a time of each of its groups, the lower bits of groups 0 and 2, of 1 and 3, and the upper
+    /// bits of all four.
     #[inline(always)]
     pub(crate) const fn place(self, at: usize) -> usize {
         match self {
