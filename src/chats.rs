@@ -14,11 +14,12 @@
 pub mod transcript;
 
 use std::ffi::OsStr;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::kv::disk;
+use crate::lock::Lock;
 use crate::{Error, Kind, Result};
 use transcript::{Chat, Entry, Header, Writer};
 
@@ -58,7 +59,7 @@ pub struct Open {
     folder: PathBuf,
     chat: Chat,
     writer: Writer,
-    _lock: File,
+    _lock: Lock,
 }
 
 /// What asking for a conversation gives.
@@ -316,18 +317,9 @@ fn subfolders(folder: &Path) -> impl Iterator<Item = PathBuf> {
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }
 
-/// Keeps other processes out of a folder while the file is open; `None` if another does.
-fn lock(folder: &Path) -> Result<Option<File>> {
-    let path = folder.join(LOCK);
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(|e| Error::io(&path, &e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        // Some network file systems have no locks. Then nobody is kept out.
-        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(Some(file)),
-        Err(TryLockError::Error(e)) => Err(Error::io(&path, &e)),
-    }
+/// Keeps other processes out of a folder while it is held; `None` if another does.
+fn lock(folder: &Path) -> Result<Option<Lock>> {
+    Lock::try_take(&folder.join(LOCK))
 }
 
 fn in_use(id: &str) -> Error {

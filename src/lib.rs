@@ -13,6 +13,7 @@ pub mod forward;
 pub mod gguf;
 pub mod guide;
 pub mod kv;
+pub mod lock;
 pub mod machine;
 pub mod model;
 pub mod new_file;

@@ -20,7 +20,7 @@
 //! Not here: which matrices are worth it (`model.rs` knows), and talking to people.
 
 use std::cell::RefCell;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -32,6 +32,7 @@ use sha2::{Digest, Sha256};
 
 use crate::gguf::write::Writer;
 use crate::gguf::{Bytes, Gguf, I8, Tensor, Value};
+use crate::lock::Lock;
 use crate::machine::storage;
 use crate::new_file::NewFile;
 use crate::{Error, Kind, Result};
@@ -354,19 +355,12 @@ impl Write for Shared<'_> {
     }
 }
 
-/// One process at a time changes the directory. The lock ends with the process, however it ends.
-fn lock(directory: &Path) -> Result<File> {
-    let path = directory.join("lock");
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(|e| Error::io(&path, &e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            let error = format!("{}: another gemrun is packing: try again when it is done", directory.display());
-            Err(Error::new(Kind::Other, error))
-        }
-        Err(TryLockError::Error(e)) => Err(Error::io(&path, &e)),
-    }
+/// One process at a time changes the directory.
+fn lock(directory: &Path) -> Result<Lock> {
+    Lock::try_take(&directory.join("lock"))?.ok_or_else(|| {
+        let error = format!("{}: another gemrun is packing: try again when it is done", directory.display());
+        Error::new(Kind::Other, error)
+    })
 }
 
 /// Writes the copy of `source` with the matrices `names` and removes earlier ones of the same file; where it is. Until it is

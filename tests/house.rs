@@ -10,7 +10,7 @@ use std::path::Path;
 /// Modules of the library, lowest level first. A module uses those of lower levels only.
 const LEVELS: &[&[&str]] = &[
     &["error"],
-    &["gguf", "team", "new_file"],
+    &["gguf", "team", "new_file", "lock"],
     &["weight", "machine"],
     &["config"],
     &["pack"],
