@@ -4,7 +4,8 @@
 //! *cache*: one token and 64 tokens, weights that stay in the second-level cache, in weights times tokens a second.
 //! *prompt*: 64 tokens, a matrix of 12288 rows of 1536, in multiply-adds a second; `peak` is the ISA's int8 arithmetic in
 //! registers. *memory*: one token, 256 MB of weights, in bytes a second, on one and on two threads; `read` is the same
-//! buffer read and nothing else, in several ways, of which the fastest counts. Criterion measures one after another: on a busy machine repeat, and compare ratios.
+//! buffer read and nothing else, in several ways, of which the fastest counts. Criterion measures one after another: on a
+//! busy machine repeat, and compare ratios.
 
 use std::time::Duration;
 
