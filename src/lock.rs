@@ -28,6 +28,11 @@ impl Lock {
             Err(TryLockError::Error(e)) => Err(Error::io(path, &e)),
         }
     }
+
+    /// The file that was locked, which may have lost its name meanwhile.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
 }
 
 impl Drop for Lock {

@@ -46,7 +46,8 @@ static ALLOCATOR: Counting = Counting;
 /// One two-bit row, longer than any of the models here, by a kernel of this CPU's that has vectors.
 fn multiply_a_long_row() {
     const COLS: usize = 1 << 14;
-    let Some(kernel) = KERNELS.iter().find(|k| k.format() == Format::W2C && k.isa() != Isa::Scalar && k.supported()) else {
+    let Some(kernel) = KERNELS.iter().find(|k| k.format() == Format::W2C && k.isa() != Isa::Scalar && k.supported())
+    else {
         return;
     };
     let x = vec![0.0; COLS];

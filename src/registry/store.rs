@@ -10,7 +10,7 @@
 //!
 //! Not here: where bytes come from.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Remote, check_hex};
-use crate::machine;
 use crate::new_file::{NewFile, same_file, sync_directory};
 use crate::{Error, Kind, Result};
+use crate::{lock, machine};
 
 /// Bytes with a SHA-256 of their own.
 pub const SPAN: u64 = 16 << 20;
@@ -164,7 +164,7 @@ pub fn part(path: &Path) -> PathBuf {
 
 /// The right to change a file of the store and what lies beside it.
 pub struct Lock {
-    _file: Option<File>,
+    _held: lock::Lock,
     path: PathBuf,
 }
 
@@ -176,18 +176,11 @@ impl Lock {
     pub fn take(target: &Path, waiting: &mut dyn FnMut() -> ControlFlow<()>) -> Result<Lock> {
         let path = with_suffix(target, ".lock");
         loop {
-            let file = File::options().create(true).truncate(false).write(true).open(&path);
-            let file = file.map_err(|e| Error::io(&path, &e))?;
-            match file.try_lock() {
+            match lock::Lock::try_take(&path)? {
                 // The one before may have removed its lock between our opening and locking it.
-                Ok(()) if same_file(&file, &path) => return Ok(Lock { _file: Some(file), path }),
-                Ok(()) => continue,
-                Err(TryLockError::WouldBlock) => {}
-                // Some network file systems have no locks. Then nobody is kept out.
-                Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {
-                    return Ok(Lock { _file: None, path });
-                }
-                Err(TryLockError::Error(e)) => return Err(Error::io(&path, &e)),
+                Some(held) if same_file(held.file(), &path) => return Ok(Lock { _held: held, path }),
+                Some(_) => continue,
+                None => {}
             }
             if waiting().is_break() {
                 return Err(interrupted());
