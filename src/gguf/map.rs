@@ -208,6 +208,9 @@ mod sigbus {
     /// What SIGBUS did before us; set once. Rust's own handler (stack overflow) on most systems.
     static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
+    /// Whether a thread is already ending the process: several may meet the missing page at the same moment.
+    static ENDING: AtomicBool = AtomicBool::new(false);
+
     /// Watches `range`; `None` when the table is full.
     pub(super) fn register(range: Range<usize>, name: &str) -> Option<usize> {
         install();
@@ -256,6 +259,13 @@ mod sigbus {
             let start = slot.start.load(Ordering::Acquire);
             if start == 0 || !(start..slot.end.load(Ordering::Relaxed)).contains(&address) {
                 continue;
+            }
+            if ENDING.swap(true, Ordering::AcqRel) {
+                // Never returns: the first thread ends this one too.
+                loop {
+                    // SAFETY: pause is async-signal-safe.
+                    unsafe { libc::pause() };
+                }
             }
             let mut line = [0_u8; LINE];
             for (to, from) in line.iter_mut().zip(&slot.line) {
@@ -329,8 +339,16 @@ mod tests {
         let source = Source::open(&path, &path.file_name().unwrap().to_string_lossy(), 1, "a GGUF file").unwrap();
         assert_eq!(sum(source.bytes()) + sum(first.bytes()), 200_000);
         OpenOptions::new().write(true).open(&path).unwrap().set_len(50_000).unwrap();
-        // Another thread, as in a real run.
-        let total = std::thread::spawn(move || sum(source.bytes())).join().unwrap();
+        // Other threads, at the same moment, as in a real run.
+        let start = std::sync::Barrier::new(8);
+        let beyond = || {
+            start.wait();
+            sum(&source.bytes()[60_000..])
+        };
+        let total: u64 = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(beyond)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
         unreachable!("read {total} beyond the end");
     }
 
