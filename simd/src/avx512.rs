@@ -278,12 +278,16 @@ impl Simd for Zmm {
     }
     #[inline(always)]
     fn across_lanes(self, totals: [__m512i; 4]) -> [i32; 4] {
-        let mut sums = [self.0.splat(0); 4];
-        for (sum, total) in sums.iter_mut().zip(totals) {
-            let high = proven!(_mm512_extracti64x4_epi64::<1>(total));
-            *sum = self.0.add(proven!(_mm512_castsi512_si256(total)), high);
-        }
-        self.0.across_lanes(sums)
+        let mut sums = [0; 4];
+        proven!({
+            let words = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (ab, cd) = (words(totals[0], totals[1]), words(totals[2], totals[3]));
+            let abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+            let half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64::<1>(abcd));
+            let sum = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
+            _mm_storeu_si128(sums.as_mut_ptr().cast(), sum);
+        });
+        sums
     }
 
     #[inline(always)]

@@ -225,9 +225,6 @@ unsafe fn load<S: Simd, B: Block>(s: S, row: &[u8], i: usize) -> S::B {
 
 // Few tokens.
 
-/// Bytes of weights multiplied in a turn of the loop.
-const TURN: usize = 128;
-
 /// Rows read at once, all in all.
 const ROWS: usize = 4;
 
@@ -236,59 +233,66 @@ const ROWS: usize = 4;
 fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
     // Of each stream some rows, one after another.
     let together = const { ROWS / N };
-    let rows = w.bytes.len() / row_bytes;
-    let each = rows / ROWS * together;
+    let n_rows = w.bytes.len() / row_bytes;
+    let each = n_rows / ROWS * together;
+    let mut streams = [&[][..]; N];
+    for (i, stream) in streams.iter_mut().enumerate() {
+        *stream = &w.bytes[i * each * row_bytes..][..each * row_bytes];
+    }
     // Rows of one token after another: they stay in a cache meanwhile.
     for t in 0..tokens.x.tokens {
-        let (a, out) = (tokens.groups(t), &mut out.row(t)[..rows]);
+        let (a, rest) = tokens.groups(t).split_at(tokens.whole * const { S::ROWS / 8 * fields::<B>() });
+        let out = &mut out.row(t)[..n_rows];
         for r in (0..each).step_by(together) {
-            rows_at_once::<S, B, N>(s, w.bytes, row_bytes, r, [each, 1], a, tokens.whole, out);
+            let mut rows = [&[][..]; ROWS];
+            unrolled!(i < ROWS, {
+                rows[i] = &streams[i % N][(r + i / N) * row_bytes..][..row_bytes];
+            });
+            let sums = rows_at_once::<S, B, N>(s, rows, a, rest);
+            unrolled!(i < ROWS, {
+                out[i % N * each + r + i / N] = unfinished(sums[i]);
+            });
         }
-        // What is left over: the last rows, some of them once more; or each on its own.
-        let over = rows % ROWS;
-        let (n, step) = if rows > ROWS { ((over > 0) as usize, [1, N]) } else { (over, [0, 0]) };
-        for r in 0..n {
-            let first = if rows > ROWS { rows - ROWS } else { r };
-            rows_at_once::<S, B, N>(s, w.bytes, row_bytes, first, step, a, tokens.whole, out);
+        // What is left over, and rows that are not there.
+        let over = n_rows % ROWS;
+        if over > 0 {
+            let mut rows = [&[][..]; ROWS];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = &w.bytes[(n_rows - over + i).min(n_rows - 1) * row_bytes..][..row_bytes];
+            }
+            let sums = rows_at_once::<S, B, N>(s, rows, a, rest);
+            for (out, sum) in out[n_rows - over..].iter_mut().zip(sums) {
+                *out = unfinished(sum);
+            }
         }
     }
 }
 
-/// The integer sums of [`ROWS`] rows with one token: from `first` on, `N` of them `step[0]` apart, then those `step[1]` further.
+/// The integer sums of some rows with the activations of a token: of their whole pieces, and of the rest.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn rows_at_once<S: Simd, B: Block, const N: usize>(
     s: S,
-    w: &[u8],
-    row_bytes: usize,
-    first: usize,
-    step: [usize; 2],
+    rows: [&[u8]; ROWS],
     a: &[[i8; 32]],
-    whole: usize,
-    out: &mut [f32],
-) {
-    let row = |i: usize| first + i % N * step[0] + i / N * step[1];
-    assert!((row(ROWS - 1) + 1) * row_bytes <= w.len());
-    let (a, rest) = a.split_at(whole * const { S::ROWS / 8 * fields::<B>() });
+    rest: &[[i8; 32]],
+) -> [i32; ROWS] {
     let mut total = [s.splat(0); ROWS];
     unrolled!(g < const { ROWS / N }, {
-        let mut rows = [&[][..]; N];
-        unrolled!(r < N, {
-            let row = row(g * N + r);
-            // SAFETY: the last of these rows ends within `w`, as just checked.
-            rows[r] = unsafe { w.get_unchecked(row * row_bytes..(row + 1) * row_bytes) };
-        });
-        let sums = sums::<S, B, N>(s, rows, a);
+        let mut some = [&[][..]; N];
+        some.copy_from_slice(&rows[g * N..][..N]);
+        let sums = sums::<S, B, N>(s, some, a);
         unrolled!(r < N, {
             total[g * N + r] = sums[r];
         });
     });
-    for (i, mut sum) in s.across_lanes(total).into_iter().enumerate() {
-        if !rest.is_empty() {
-            sum = sum.wrapping_add(last::<S, B>(&w[row(i) * row_bytes..][..row_bytes], whole, rest));
+    let mut sums = s.across_lanes(total);
+    if !rest.is_empty() {
+        let whole = a.len() / const { S::ROWS / 8 * fields::<B>() };
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum = sum.wrapping_add(last::<S, B>(row, whole, rest));
         }
-        out[row(i)] = unfinished(sum);
     }
+    sums
 }
 
 /// The sum of what follows the `whole` pieces of a row, with its activations.
@@ -313,20 +317,22 @@ fn last<S: Simd, B: Block>(row: &[u8], whole: usize, a: &[[i8; 32]]) -> i32 {
 /// The sums of `N` rows with the activations of their whole pieces; some in each lane.
 #[inline(always)]
 fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]]) -> [S::I; N] {
-    // Groups of activations of a piece, pieces of a turn, and the bytes of a row those take.
+    // Groups of activations of a piece; pieces of a turn of the loop, and the bytes of a row those take.
     let groups = const { S::ROWS / 8 * fields::<B>() };
-    let pieces = const { TURN / (4 * S::ROWS) };
-    let turn_bytes = const { piece::<B>(TURN / 32)[0] - piece::<B>(0)[0] };
+    let pieces = const { if S::ROWS == 16 { 1 } else { 4 } };
+    let turn_bytes = const { piece::<B>(if S::ROWS == 16 { 2 } else { 4 })[0] - piece::<B>(0)[0] };
     let turns = a.chunks_exact(pieces * groups);
-    let done = (a.len() - turns.remainder().len()) / groups;
     let mut total = [s.splat(0); N];
     let mut some = [s.no_sums(); N];
-    for (i, a) in turns.remainder().chunks_exact(groups).enumerate() {
-        unrolled!(r < N, {
-            // SAFETY: rows have as many whole pieces as the tokens.
-            some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], done + i) }, a);
-            (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
-        });
+    if pieces > 1 {
+        let done = (a.len() - turns.remainder().len()) / groups;
+        for (i, a) in turns.remainder().chunks_exact(groups).enumerate() {
+            unrolled!(r < N, {
+                // SAFETY: rows have as many whole pieces as the tokens.
+                some[r] = add::<S, B>(s, some[r], unsafe { load::<S, B>(s, rows[r], done + i) }, a);
+                (total[r], some[r]) = (s.widen(total[r], some[r], bits::<B>()), s.no_sums());
+            });
+        }
     }
     let mut ahead = rows;
     for a in turns {

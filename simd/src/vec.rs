@@ -836,24 +836,38 @@ mod body {
 
     #[inline(always)]
     pub fn quantize_static<H: Native>(x: &[f32], scale: f32, q: &mut [i8], sums: &mut [i16]) -> bool {
-        let (x, rest) = x.as_chunks::<16>();
-        let (q, q_rest) = q.as_chunks_mut::<16>();
-        assert!(rest.is_empty() && q_rest.is_empty() && x.len() == q.len() && x.len() == sums.len());
-        let mut damaged = 0;
-        for ((x, q), sum) in x.iter().zip(q).zip(sums) {
-            let mut s = 0;
-            for l in 0..16 {
-                let y = x[l] / scale;
-                damaged |= !x[l].is_finite() as u32;
-                // Comparisons that NaN fails; the additions round.
-                let low = if y > -128.0 { y } else { -128.0 };
-                let c = if low < 127.0 { low } else { 127.0 };
-                q[l] = (c + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8;
-                s += q[l] as i16;
-            }
-            *sum = s;
+        assert!(x.len().is_multiple_of(16) && x.len() == q.len() && x.len() == 16 * sums.len());
+        let (x, x_last) = x.as_chunks::<32>();
+        let (q, q_last) = q.as_chunks_mut::<32>();
+        let (sums, sum_last) = sums.as_chunks_mut::<2>();
+        // Of 32 at a time compilers make vectors, of 16 they do not.
+        let mut damaged = [0; 32];
+        for ((x, q), sums) in x.iter().zip(q).zip(sums) {
+            damaged = each(|l| damaged[l] | !x[l].is_finite() as i32);
+            (*q, *sums) = static_codes(x, scale);
         }
-        damaged == 0
+        if let [sum] = sum_last {
+            let mut last = [0.0; 32];
+            last[..16].copy_from_slice(x_last);
+            damaged = each(|l| damaged[l] | !last[l].is_finite() as i32);
+            let (codes, sums) = static_codes(&last, scale);
+            q_last.copy_from_slice(&codes[..16]);
+            *sum = sums[0];
+        }
+        damaged == [0; 32]
+    }
+
+    /// x/scale rounded, and the sums of each half.
+    #[inline(always)]
+    fn static_codes(x: &[f32; 32], scale: f32) -> ([i8; 32], [i16; 2]) {
+        let nearest: [i32; 32] = each(|l| {
+            let y = x[l] / scale;
+            // Comparisons that NaN fails; the additions round.
+            let low = if y > -128.0 { y } else { -128.0 };
+            let c = if low < 127.0 { low } else { 127.0 };
+            (c + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
+        });
+        (each(|l| nearest[l] as i8), each(|half| nearest[16 * half..][..16].iter().sum::<i32>() as i16))
     }
 
     #[inline(always)]
