@@ -17,7 +17,7 @@ use crate::config::{Config, LayerConfig};
 use crate::kv::{Kv, KvType};
 use crate::model::{KeyValue, Layer, Model, Moe, PerLayerEmbedding};
 use crate::ops::{RopeTable, add_rms_norm, rms_norm, rms_norm_in_place};
-use crate::team::Team;
+use crate::team::{Lines, Team};
 use crate::weight::{ActsBufs, acts, gelu_acts, multiply, multiply_best};
 use crate::{Error, Result};
 
@@ -477,8 +477,7 @@ fn logits(m: &Model, team: &Team, s: &mut State, wanted: &Range<usize>, want: Wa
         _ => multiply(m.ops, team, [(h, &m.output, &mut s.logits)]),
     }
     if let Some(cap) = m.config.softcap {
-        let all = s.logits.len();
-        team.tiles([(&mut s.logits[..], all, PART)], |_, _, mut part| m.ops.softcap(part.row(0), cap));
+        team.share(s.logits.len(), PART, Lines(&mut s.logits, 1), |_, Lines(part, _)| m.ops.softcap(part, cap));
     }
     s.tap("result_norm", 0, |s| &mut s.h, n * dim);
     s.tap("result_output", 0, |s| &mut s.logits, n * vocab);

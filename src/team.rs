@@ -129,27 +129,37 @@ impl Team {
         self.gate.run(chunks, f);
     }
 
-    /// Splits each matrix of `outs` — (values, row length, tile width) — by columns into tiles of at most its width and
-    /// calls `f(which matrix, columns, tile)` for each; the tiles of all matrices form one region.
+    /// Splits each matrix of `outs` — (values, row length) — by columns, at multiples of `unit`, and calls `f(which matrix,
+    /// columns, tile)` for each tile; the tiles of all matrices form one region.
+    ///
+    /// Whoever begins a tile waits for memory once, so they are as large as they can be: the first of each thread has half of what
+    /// would be its equal share, the next half of what is left, and so on, down to some `least` units.
     pub fn tiles<const N: usize>(
         &self,
-        outs: [(&mut [f32], usize, usize); N],
+        outs: [(&mut [f32], usize); N],
+        unit: usize,
+        least: usize,
         f: impl Fn(usize, Range<usize>, Tile<'_>) + Sync,
     ) {
-        let mut chunks = 0;
-        let matrices = outs.map(|(out, row, width)| {
-            let first = chunks; // number of this matrix's first chunk
-            chunks += if out.is_empty() { 0 } else { row.div_ceil(width) };
-            (first, Tiles::new(out, row), row, width)
+        // All matrices lie on one line of units.
+        let mut units = 0;
+        let matrices = outs.map(|(out, row)| {
+            let first = units;
+            units += if out.is_empty() { 0 } else { row.div_ceil(unit) };
+            (first..units, Tiles::new(out, row))
         });
-        self.run(chunks, &|chunk| {
-            let which = matrices.partition_point(|matrix| matrix.0 <= chunk) - 1;
-            let (first, tiles, row, width) = &matrices[which];
-            let start = (chunk - first) * width;
-            let columns = start..(start + width).min(*row);
-            // SAFETY: every chunk number is handed out once, and chunks of one matrix cover disjoint columns.
-            let tile = unsafe { tiles.tile(columns.clone()) };
-            f(which, columns, tile);
+        let halvings = Halvings::new(units, self.threads, least);
+        self.run(halvings.parts(), &|part| {
+            let part = halvings.part(part);
+            for (which, (here, tiles)) in matrices.iter().enumerate() {
+                let (start, end) = (part.start.max(here.start), part.end.min(here.end));
+                if start < end {
+                    let columns = unit * (start - here.start)..(unit * (end - here.start)).min(tiles.rows());
+                    // SAFETY: every part is handed out once, and they cover disjoint columns of a matrix.
+                    let tile = unsafe { tiles.tile(columns.clone()) };
+                    f(which, columns, tile);
+                }
+            }
         });
     }
 
@@ -203,6 +213,36 @@ impl Team {
                 f(start(part)..start(part + 1), piece);
             }
         });
+    }
+}
+
+/// Work cut into parts that become smaller: round after round as many as there are threads, together half of what is left.
+struct Halvings {
+    units: usize,
+    threads: usize,
+    rounds: usize,
+}
+
+impl Halvings {
+    /// Parts of about `least` units in the end; one thread takes all at once.
+    fn new(units: usize, threads: usize, least: usize) -> Halvings {
+        let share = units / threads / least.max(1);
+        let rounds = if threads == 1 || share == 0 { 1 } else { 1 + share.ilog2() as usize };
+        Halvings { units, threads, rounds }
+    }
+
+    fn parts(&self) -> usize {
+        if self.rounds == 1 { self.units.min(self.threads) } else { self.rounds * self.threads }
+    }
+
+    /// The units of a part.
+    fn part(&self, part: usize) -> Range<usize> {
+        let (round, i) = (part / self.threads, part % self.threads);
+        let after = |rounds: usize| if rounds == self.rounds { 0 } else { self.units >> rounds };
+        let (left, left_then) = (after(round), after(round + 1));
+        let (start, n) = (self.units - left, left - left_then);
+        let parts = self.parts().min(self.threads);
+        start + n * i / parts..start + n * (i + 1) / parts
     }
 }
 
@@ -401,22 +441,44 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_column_of_every_matrix_once() {
-        let mut team = Team::new(2).unwrap();
-        let (mut a, mut b) = (vec![0.0; 3 * 10], vec![0.0; 2 * 7]);
-        team.enter(|team| {
-            team.tiles([(&mut a[..], 10, 4), (&mut b[..], 7, 7)], |which, columns, mut tile| {
-                for t in 0..[3, 2][which] {
-                    for (value, column) in tile.row(t).iter_mut().zip(columns.clone()) {
-                        *value += (100 * which + 10 * t + column) as f32;
+        for (threads, unit, least) in [(1, 4, 1), (2, 4, 1), (2, 1, 2), (3, 16, 1), (5, 1, 1)] {
+            let mut team = Team::new(threads).unwrap();
+            let (mut a, mut b, mut none) = (vec![0.0; 3 * 10], vec![0.0; 2 * 7], []);
+            team.enter(|team| {
+                let outs = [(&mut a[..], 10), (&mut none[..], 5), (&mut b[..], 7)];
+                team.tiles(outs, unit, least, |which, columns, mut tile| {
+                    assert!(columns.start % unit == 0 && tile.rows() == columns.len());
+                    for t in 0..[3, 0, 2][which] {
+                        for (value, column) in tile.row(t).iter_mut().zip(columns.clone()) {
+                            *value += (100 * which + 10 * t + column) as f32;
+                        }
                     }
-                }
+                });
             });
-        });
-        for t in 0..3 {
-            (0..10).for_each(|c| assert_eq!(a[t * 10 + c], (10 * t + c) as f32));
+            for t in 0..3 {
+                (0..10).for_each(|c| assert_eq!(a[t * 10 + c], (10 * t + c) as f32));
+            }
+            for t in 0..2 {
+                (0..7).for_each(|c| assert_eq!(b[t * 7 + c], (200 + 10 * t + c) as f32));
+            }
         }
-        for t in 0..2 {
-            (0..7).for_each(|c| assert_eq!(b[t * 7 + c], (100 + 10 * t + c) as f32));
+    }
+
+    #[test]
+    fn halvings_cover_every_unit_once_and_become_smaller() {
+        for threads in [1, 2, 3, 8, 256] {
+            for (units, least) in [(0, 1), (1, 1), (7, 2), (160, 1), (160, 20), (16_384, 4), (1_000_003, 64)] {
+                let halvings = Halvings::new(units, threads, least);
+                let parts: Vec<_> = (0..halvings.parts()).map(|part| halvings.part(part)).collect();
+                let ends = parts.iter().fold(0, |at, part| {
+                    assert_eq!(part.start, at, "{units} units, {threads} threads, {parts:?}");
+                    part.end
+                });
+                assert_eq!(ends, units);
+                // Cuts lie at whole units, and the last round is as large as the one before it.
+                assert!(parts.iter().zip(parts.iter().skip(threads)).all(|(a, b)| b.len() <= a.len() + 1), "{parts:?}");
+                assert!(parts.len() <= threads || parts.last().unwrap().len() < 2 * least + 2, "{parts:?}");
+            }
         }
     }
 

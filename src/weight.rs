@@ -373,14 +373,11 @@ impl Input {
     }
 }
 
-/// Rows of a tile: enough that claiming one costs nothing beside computing it, few enough that slow cores do not
-/// hold up the rest. A multiple of every kernel's row group.
-fn tile_rows(rows: usize, threads: usize) -> usize {
-    (rows / (8 * threads)).clamp(16, TILE_ROWS).next_multiple_of(16)
-}
+/// Rows that stay together: a multiple of every kernel's row group.
+const TOGETHER: usize = 16;
 
-/// The most rows of a tile.
-const TILE_ROWS: usize = 512;
+/// The bytes of weights that are read while a thread waits for the first of them some ten times.
+const LEAST_BYTES: usize = 128 << 10;
 
 /// A matrix product: out = activations · weightᵀ, (tokens, rows).
 pub type Product<'a> = (Acts<'a>, &'a Weight, &'a mut [f32]);
@@ -389,14 +386,14 @@ pub type Product<'a> = (Acts<'a>, &'a Weight, &'a mut [f32]);
 pub fn multiply<const N: usize>(ops: &Ops, team: &Team, products: [Product; N]) {
     let inputs = products.each_ref().map(|(x, weight, _)| (*x, *weight));
     let outs = products.map(|(x, weight, out)| {
-        let tokens = x.tokens / weight.input.rows_of_a_token();
-        assert!(weight.cols == x.cols && out.len() == tokens * weight.rows, "shape");
-        (out, weight.rows, tile_rows(weight.rows, team.threads()))
+        assert!(weight.cols == x.cols && out.len() == x.tokens / weight.input.rows_of_a_token() * weight.rows, "shape");
+        (out, weight.rows)
     });
-    team.tiles(outs, |which, rows, mut tile| {
+    let least = inputs.iter().map(|(x, weight)| least(weight, x.tokens)).max().unwrap_or(1);
+    team.tiles(outs, TOGETHER, least, |which, rows, mut tile| {
         let (x, weight) = &inputs[which];
         match weight.input {
-            Input::Digits => multiply_digits(weight, weight.rows_of(rows), x, &mut tile),
+            Input::Digits => multiply_digits(weight, rows, x, &mut tile),
             _ => weight.kernel.matmul(weight.rows_of(rows), x, &mut tile),
         }
         if weight.output_scale > 0.0 {
@@ -405,17 +402,26 @@ pub fn multiply<const N: usize>(ops: &Ops, team: &Team, products: [Product; N]) 
     });
 }
 
+/// The fewest units of [`TOGETHER`] rows for a tile of a product with so many tokens.
+fn least(weight: &Weight, tokens: usize) -> usize {
+    LEAST_BYTES / (TOGETHER * weight.row_bytes * tokens.max(1)).max(1)
+}
+
 /// The product with tokens of which each is given as the rows of its digits, the one that is worth most first.
-fn multiply_digits(weight: &Weight, rows: Rows, x: &Acts, tile: &mut Tile) {
-    let mut digits = [0.0; DIGITS * TILE_ROWS];
-    let n = tile.rows();
+fn multiply_digits(weight: &Weight, rows: Range<usize>, x: &Acts, tile: &mut Tile) {
+    const ROWS: usize = 512;
+    let mut digits = [0.0; DIGITS * ROWS];
     for t in 0..tile.tokens() {
-        let digits = &mut digits[..DIGITS * n];
-        weight.kernel.matmul(rows, &weight.part(x, t..t + 1), &mut Tile::whole(digits, n));
-        let (first, rest) = digits.split_at(n);
-        let (second, third) = rest.split_at(n);
-        for (i, out) in tile.row(t).iter_mut().enumerate() {
-            *out = first[i] + (second[i] + third[i]);
+        let x = weight.part(x, t..t + 1);
+        for (first, out) in rows.clone().step_by(ROWS).zip(tile.row(t).chunks_mut(ROWS)) {
+            let n = out.len();
+            let digits = &mut digits[..DIGITS * n];
+            weight.kernel.matmul(weight.rows_of(first..first + n), &x, &mut Tile::whole(digits, n));
+            let (first, rest) = digits.split_at(n);
+            let (second, third) = rest.split_at(n);
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = first[i] + (second[i] + third[i]);
+            }
         }
     }
 }
@@ -434,7 +440,7 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
         return multiply(ops, team, [(x, weight, out)]);
     }
     let (first, rest) = (x.part(0..1), x.part(1..DIGITS));
-    team.tiles([(&mut *out, weight.rows, tile_rows(weight.rows, team.threads()))], |_, rows, mut tile| {
+    team.tiles([(&mut *out, weight.rows)], TOGETHER, least(weight, 1), |_, rows, mut tile| {
         weight.kernel.matmul(weight.rows_of(rows), &first, &mut tile);
     });
 

@@ -239,6 +239,7 @@ fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, token
     for (i, stream) in streams.iter_mut().enumerate() {
         *stream = &w.bytes[i * each * row_bytes..][..each * row_bytes];
     }
+    wide::begin(streams.iter().copied());
     // Rows of one token after another: they stay in a cache meanwhile.
     for t in 0..tokens.x.tokens {
         let (a, rest) = tokens.groups(t).split_at(tokens.whole * const { S::ROWS / 8 * fields::<B>() });

@@ -571,6 +571,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     // With sixteen lanes, the other half of the streams.
     let other = const { (S::ROWS / 8 - 1) * N } * each;
+    begin((0..const { N * S::ROWS / 8 } * (each > 0) as usize).map(|i| &w[(from + i * each) * row_bytes..]));
     for r in (0..each).step_by(8) {
         let mut streams = [[&[][..]; 2]; N];
         for (i, stream) in streams.iter_mut().enumerate() {
@@ -695,6 +696,19 @@ pub(crate) fn prefetch<T>(at: *const T) {
     #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
     let _ = at;
 }
+
+/// Asks for the first lines of streams, of all of them the first, then of all the second: before they are read nobody has.
+#[inline(always)]
+pub(crate) fn begin<'a>(streams: impl Iterator<Item = &'a [u8]> + Clone) {
+    for line in 0..BEGIN {
+        for stream in streams.clone() {
+            prefetch(stream.as_ptr().wrapping_add(64 * line));
+        }
+    }
+}
+
+/// Lines of each stream asked for before it is read.
+const BEGIN: usize = 4;
 
 /// How far ahead of each of four streams its bytes are asked for.
 pub(crate) const AHEAD: usize = 2048;
