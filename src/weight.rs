@@ -470,22 +470,31 @@ pub fn multiply_best(ops: &Ops, team: &Team, (x, weight, out): Product, best: us
     }
     let (_, &mut bar, _) = maxima.select_nth_unstable_by(best.max(1) - 1, |a, b| b.total_cmp(a));
 
+    // Of what is not a number nothing can be told. No row ends the question early: they are asked as vectors.
+    let lost = |out: &[f32], scales: &[f32]| {
+        out.iter().zip(scales).fold(true, |lost, (&y, &scale)| lost & (y + off(scale, y) < bar))
+    };
     const GROUP: usize = interleave::ROWS;
     team.share(weight.rows.div_ceil(GROUP), PART / GROUP, Lines(out, GROUP), |groups, Lines(out, _)| {
-        for (group, out) in groups.zip(out.chunks_mut(GROUP)) {
-            let rows = group * GROUP..group * GROUP + out.len();
-            // Of what is not a number nothing can be told.
-            let cannot_win = |(&y, &scale): (&f32, &f32)| y + off(scale, y) < bar;
-            if out.iter().zip(&scales[rows.clone()]).all(cannot_win) {
+        let start = groups.start * GROUP;
+        for (part, (out, scales)) in out.chunks_mut(PART).zip(scales[start..].chunks(PART)).enumerate() {
+            if lost(out, scales) {
                 out.fill(f32::MIN);
                 continue;
             }
-            let mut digits = [0.0; (DIGITS - 1) * GROUP];
-            let digits = &mut digits[..(DIGITS - 1) * out.len()];
-            weight.kernel.matmul(weight.rows_of(rows), &rest, &mut Tile::whole(digits, out.len()));
-            let (second, third) = digits.split_at(out.len());
-            for ((out, second), third) in out.iter_mut().zip(second).zip(third) {
-                *out += second + third;
+            for (group, (out, scales)) in out.chunks_mut(GROUP).zip(scales.chunks(GROUP)).enumerate() {
+                if lost(out, scales) {
+                    out.fill(f32::MIN);
+                    continue;
+                }
+                let (first, n) = (start + part * PART + group * GROUP, out.len());
+                let mut digits = [0.0; (DIGITS - 1) * GROUP];
+                let digits = &mut digits[..(DIGITS - 1) * n];
+                weight.kernel.matmul(weight.rows_of(first..first + n), &rest, &mut Tile::whole(digits, n));
+                let (second, third) = digits.split_at(n);
+                for ((out, second), third) in out.iter_mut().zip(second).zip(third) {
+                    *out += second + third;
+                }
             }
         }
     });

@@ -3,8 +3,8 @@
 //!
 //! *cache*: one token and 64 tokens, weights that stay in the second-level cache, in weights times tokens a second.
 //! *prompt*: 64 tokens, a matrix of 12288 rows of 1536, in multiply-adds a second; `peak` is the ISA's int8 arithmetic in
-//! registers. *memory*: one token, 256 MB of weights, in bytes a second, on one and on two threads; `read` is the same
-//! buffer read and nothing else, in several ways, of which the fastest counts. Criterion measures one after another: on a
+//! registers. *memory*: one token, 256 MB of weights, matrices of 2048 rows, in bytes a second, on one and on two threads; `read` is
+//! the same buffer read and nothing else, in several ways, of which the fastest counts. Criterion measures one after another: on a
 //! busy machine repeat, and compare ratios.
 
 use std::time::Duration;
@@ -141,6 +141,8 @@ fn prompt(c: &mut Criterion) {
 fn memory(c: &mut Criterion) {
     const BYTES: usize = 256 << 20;
     for threads in [1, 2] {
+        // Rows of a thread of a matrix of 2048.
+        let at_once = 2048 / threads;
         let mut group = c.benchmark_group(format!("memory, {threads} threads"));
         quick(&mut group);
         let lines: Vec<measure::Line> = vec![[1; 8]; BYTES / size_of::<measure::Line>()];
@@ -159,14 +161,14 @@ fn memory(c: &mut Criterion) {
         drop(lines);
         for kernel in hot() {
             let row_bytes = kernel.format().row_bytes(COLS).expect("whole blocks");
-            let rows = BYTES / row_bytes / (512 * threads) * 512 * threads;
+            let rows = BYTES / row_bytes / 2048 * 2048;
             let product = Product::new(kernel, rows, 1, &mut Rng(3));
             group.throughput(Throughput::Bytes(product.bytes.len() as u64));
             group.bench_function(kernel.name(), |b| {
                 b.iter(|| {
                     std::thread::scope(|s| {
                         for bytes in product.bytes.chunks(product.bytes.len() / threads) {
-                            s.spawn(|| product.run(bytes, 512, &mut [0.0; 512]));
+                            s.spawn(|| product.run(bytes, at_once, &mut vec![0.0; at_once]));
                         }
                     });
                 });
