@@ -216,7 +216,8 @@ impl Team {
     }
 }
 
-/// Work cut into parts that become smaller: round after round as many as there are threads, together half of what is left.
+/// Work cut into parts that become smaller: round after round as many as there are threads, together half of what is left. As many
+/// slow cores as fast ones, which take three times as long, are done with their first parts when all is done.
 struct Halvings {
     units: usize,
     threads: usize,
@@ -479,6 +480,32 @@ mod tests {
                 assert!(parts.iter().zip(parts.iter().skip(threads)).all(|(a, b)| b.len() <= a.len() + 1), "{parts:?}");
                 assert!(parts.len() <= threads || parts.last().unwrap().len() < 2 * least + 2, "{parts:?}");
             }
+        }
+    }
+
+    /// When the last of cores of such speeds is done, if each claims a part as soon as it can; 1 would be ideal.
+    fn longest(halvings: &Halvings, speeds: &[f64]) -> f64 {
+        let mut busy_until = vec![0.0; speeds.len()];
+        for part in 0..halvings.parts() {
+            let next = (0..speeds.len()).min_by(|&a, &b| f64::total_cmp(&busy_until[a], &busy_until[b])).unwrap();
+            busy_until[next] += halvings.part(part).len() as f64 / speeds[next];
+        }
+        let ideal = halvings.units as f64 / speeds.iter().sum::<f64>();
+        busy_until.into_iter().fold(0.0, f64::max) / ideal
+    }
+
+    #[test]
+    fn slow_and_busy_cores_are_not_waited_for() {
+        for (speeds, most) in [
+            (&[1.0, 1.0][..], 1.001),
+            (&[1.0, 0.5], 1.02),
+            (&[1.0, 1.0, 1.0, 0.45], 1.02),
+            (&[1.0, 1.0, 1.0, 1.0, 0.34, 0.34, 0.34, 0.34], 1.03),
+            (&[0.34, 0.34, 0.34, 0.34, 1.0, 1.0, 1.0, 1.0], 1.03),
+            (&[1.0, 1.0, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34], 1.03),
+        ] {
+            let longest = longest(&Halvings::new(12_288, speeds.len(), 20), speeds);
+            assert!(longest < most, "{speeds:?}: {longest}");
         }
     }
 

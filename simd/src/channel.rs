@@ -315,13 +315,18 @@ fn last<S: Simd, B: Block>(row: &[u8], whole: usize, a: &[[i8; 32]]) -> i32 {
     sum
 }
 
+/// Pieces of 32 bytes multiplied in a turn of the loop: one vector is enough where vectors are long.
+const fn turn<S: Simd>() -> usize {
+    if S::ROWS == 16 { 2 } else { 4 }
+}
+
 /// The sums of `N` rows with the activations of their whole pieces; some in each lane.
 #[inline(always)]
 fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]]) -> [S::I; N] {
     // Groups of activations of a piece; pieces of a turn of the loop, and the bytes of a row those take.
     let groups = const { S::ROWS / 8 * fields::<B>() };
-    let pieces = const { if S::ROWS == 16 { 1 } else { 4 } };
-    let turn_bytes = const { piece::<B>(if S::ROWS == 16 { 2 } else { 4 })[0] - piece::<B>(0)[0] };
+    let pieces = const { turn::<S>() / (S::ROWS / 8) };
+    let turn_bytes = const { piece::<B>(turn::<S>())[0] - piece::<B>(0)[0] };
     let turns = a.chunks_exact(pieces * groups);
     let mut total = [s.splat(0); N];
     let mut some = [s.no_sums(); N];
