@@ -138,6 +138,18 @@ fn prompt(c: &mut Criterion) {
     group.finish();
 }
 
+/// Calls `f` for each part on a thread of its own, for the first on this one.
+fn on_threads<'a, T: Sync + 'a>(mut parts: impl Iterator<Item = &'a [T]>, f: impl Fn(&[T]) + Sync) {
+    std::thread::scope(|s| {
+        let first = parts.next();
+        for part in parts {
+            let f = &f;
+            s.spawn(move || f(part));
+        }
+        first.map(f);
+    });
+}
+
 fn memory(c: &mut Criterion) {
     const BYTES: usize = 256 << 20;
     for threads in [1, 2] {
@@ -148,9 +160,7 @@ fn memory(c: &mut Criterion) {
         let lines: Vec<measure::Line> = vec![[1; 8]; BYTES / size_of::<measure::Line>()];
         let read = |way: measure::Way| {
             let start = Instant::now();
-            std::thread::scope(|s| {
-                lines.chunks(lines.len() / threads).for_each(|lines| _ = s.spawn(move || measure::read(lines, way)));
-            });
+            on_threads(lines.chunks(lines.len() / threads), |lines| _ = measure::read(lines, way));
             BYTES as f64 / start.elapsed().as_secs_f64()
         };
         let best = |way| (0..5).map(|_| read(way)).fold(0.0, f64::max);
@@ -168,10 +178,8 @@ fn memory(c: &mut Criterion) {
                         .map(|_| {
                             let read = read(way);
                             let start = Instant::now();
-                            std::thread::scope(|s| {
-                                for bytes in product.bytes.chunks(bytes / threads) {
-                                    s.spawn(|| product.run(bytes, at_once, &mut vec![0.0; at_once]));
-                                }
+                            on_threads(product.bytes.chunks(bytes / threads), |bytes| {
+                                product.run(bytes, at_once, &mut vec![0.0; at_once]);
                             });
                             let took = start.elapsed();
                             shares.push(bytes as f64 / took.as_secs_f64() / read);
@@ -182,12 +190,8 @@ fn memory(c: &mut Criterion) {
             });
             shares.sort_by(f64::total_cmp);
             if let Some(median) = shares.get(shares.len() / 2) {
-                println!(
-                    "{}, {threads} threads: {:.0} % of read, median of {}",
-                    kernel.name(),
-                    100.0 * median,
-                    shares.len()
-                );
+                let (name, n) = (kernel.name(), shares.len());
+                println!("{name}, {threads} threads: {:.0} % of read, median of {n}", 100.0 * median);
             }
         }
         group.finish();
