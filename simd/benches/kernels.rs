@@ -140,13 +140,11 @@ fn prompt(c: &mut Criterion) {
 
 /// Calls `f` for each part on a thread of its own, for the first on this one.
 fn on_threads<'a, T: Sync + 'a>(mut parts: impl Iterator<Item = &'a [T]>, f: impl Fn(&[T]) + Sync) {
+    let f = &f;
     std::thread::scope(|s| {
         let first = parts.next();
-        for part in parts {
-            let f = &f;
-            s.spawn(move || f(part));
-        }
-        first.map(f);
+        parts.for_each(|part| _ = s.spawn(move || f(part)));
+        first.map(f)
     });
 }
 

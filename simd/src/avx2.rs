@@ -613,10 +613,12 @@ impl Dot for Maddubs {
     }
 }
 
-/// The instructions `vec.rs` asks for by name.
-pub(crate) struct Avx2;
+/// The instructions `vec.rs` asks for by name, and how many bytes ahead of what it reads it asks for more.
+pub(crate) struct Avx2<const AHEAD: usize>;
 
-impl crate::vec::Native for Avx2 {
+impl<const AHEAD: usize> crate::vec::Native for Avx2<AHEAD> {
+    const AHEAD: usize = AHEAD;
+
     #[inline(always)]
     fn load(h: &[u16; 8]) -> [f32; 8] {
         #[inline]

@@ -46,6 +46,9 @@ impl Dpbusd for Evex {
 #[derive(Clone, Copy)]
 pub(crate) struct Zmm(Ymm<Evex>);
 
+/// How many bytes ahead of what is read more is asked for: these CPUs see streams themselves, this comes on top of it.
+pub(crate) const AHEAD: usize = 256;
+
 /// Two vectors of 256 bits as one.
 #[inline(always)]
 fn both(low: __m256i, high: __m256i) -> __m512i {
@@ -81,10 +84,9 @@ impl Simd for Zmm {
         proven!(compiled(self, product));
     }
 
-    /// These CPUs see streams themselves; what they are asked for comes on top of it.
     #[inline(always)]
     fn ahead(_: usize) -> usize {
-        256
+        AHEAD
     }
     #[inline(always)]
     fn load(self, groups: [&[u8; 32]; 2]) -> __m512i {

@@ -111,6 +111,9 @@ pub fn tanh(x: f32) -> f32 {
 /// What an instance does with the CPU's own instructions where the compiler would not find them: halves,
 /// and the sum of the lanes. Same bits on every ISA.
 pub(crate) trait Native {
+    /// How far ahead of what is read from memory more is asked for.
+    const AHEAD: usize = AHEAD;
+
     fn load(h: &[u16; 8]) -> [f32; 8];
     fn store(x: &[f32; 8]) -> [u16; 8];
     /// Adds lane l + 16 to lane l, then l + 8, l + 4, l + 2, l + 1.
@@ -355,7 +358,7 @@ mod body {
             for panel in panels {
                 let four = panel[..rows].as_chunks::<4>().0[i].as_ptr();
                 for line in 0..size_of::<[T; 4]>().div_ceil(64) {
-                    prefetch(four.wrapping_byte_add(AHEAD + 64 * line));
+                    prefetch(four.wrapping_byte_add(H::AHEAD + 64 * line));
                 }
             }
             for j in 0..4 {
@@ -709,7 +712,7 @@ mod body {
         let (x, x_tail) = x.as_chunks::<LANES>();
         for (w, x) in w.iter().zip(x) {
             for line in (0..size_of_val(w)).step_by(64) {
-                prefetch(w.as_ptr().wrapping_byte_add(AHEAD + line));
+                prefetch(w.as_ptr().wrapping_byte_add(H::AHEAD + line));
             }
             for l in 0..LANES {
                 lanes[l] = value(w[l]).mul_add(x[l], lanes[l]);
@@ -734,7 +737,7 @@ mod body {
         let (w, w_tail) = w.as_chunks::<LANES>();
         let (x, x_tail) = x.as_chunks::<LANES>();
         for (w, x) in w.iter().zip(x) {
-            prefetch(w.as_ptr().wrapping_byte_add(AHEAD));
+            prefetch(w.as_ptr().wrapping_byte_add(H::AHEAD));
             let w = widen::<H>(&each(|l| u16::from_le_bytes(w[l])));
             for l in 0..LANES {
                 lanes[l] = w[l].mul_add(x[l], lanes[l]);
@@ -1017,10 +1020,10 @@ macro_rules! instance {
 functions!(table!);
 functions!(instance! scalar Scalar Software, #[inline]);
 #[cfg(target_arch = "x86_64")]
-functions!(instance! avx2 Avx2 crate::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
+functions!(instance! avx2 Avx2 crate::avx2::Avx2<AHEAD>, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 functions!(
-    instance! avx512 Avx512 crate::avx2::Avx2,
+    instance! avx512 Avx512 crate::avx2::Avx2<{ crate::avx512::AHEAD }>,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 );
 #[cfg(target_arch = "aarch64")]
