@@ -57,6 +57,16 @@ fn multiply_a_long_row() {
     kernel.matmul(row, &buf.acts_per_token(&x, COLS), &mut Tile::whole(&mut [0.0], 1));
 }
 
+/// What a thread makes for itself when it begins, when it first helps and when it first multiplies rows of one scale, it has made
+/// after this: on a busy machine that may be late, so all are waited for.
+fn everybody_multiplies(team: &Team) {
+    let all = Barrier::new(team.threads());
+    team.run(team.threads(), &|_| {
+        all.wait();
+        multiply_a_long_row();
+    });
+}
+
 #[test]
 fn a_generated_token_allocates_nothing() {
     let golden = golden::MODELS.iter().filter_map(|name| {
@@ -66,19 +76,15 @@ fn a_generated_token_allocates_nothing() {
     let mobile = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/demo-mobile.gguf");
     // For the whole test: a thread that ends may allocate, and does so when it likes.
     let mut teams = [1, 2].map(|threads| Team::new(threads).unwrap());
+    // Also those of the team whose turn is later: a thread that begins allocates as well.
+    teams.iter_mut().for_each(|team| team.enter(everybody_multiplies));
     for (name, file, tokens) in golden.chain([("demo-mobile", mobile, (300..364).collect())]) {
         let gguf = Gguf::open(&file).unwrap();
         let model = Model::load(&gguf, &Numerics { act: Act::Int8, ..Numerics::default() }).unwrap();
         for (threads, kv) in [(1, KvType::F16), (2, KvType::F16), (2, KvType::Int8), (1, KvType::Mixed)] {
             let mut state = State::new(&model, kv, 2 * BLOCK, tokens.len()).unwrap();
             teams[threads - 1].enter(|team| {
-                // What a thread makes for itself when it first helps, and when it first multiplies rows of one scale: on a busy machine
-                // that may be late, so all are waited for.
-                let all = Barrier::new(threads);
-                team.run(threads, &|_| {
-                    all.wait();
-                    multiply_a_long_row();
-                });
+                everybody_multiplies(team);
                 // The prompt fills a block of the cache; the token after it opens the next one.
                 forward(&model, team, &mut state, &tokens, Want::Last).unwrap();
                 for (at, token) in tokens.iter().take(BLOCK / 2).enumerate() {
