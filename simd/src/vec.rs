@@ -860,26 +860,26 @@ mod body {
         damaged == [0; 32]
     }
 
-    /// x/scale rounded, and the sums of each half.
+    /// ROUND plus x/scale within −128..=127: the addition rounds. NaN fails the first comparison.
+    #[inline(always)]
+    fn static_code(x: f32, scale: f32) -> f32 {
+        let y = x / scale;
+        let low = if y > -128.0 { y } else { -128.0 };
+        let c = if low < 127.0 { low } else { 127.0 };
+        c + ROUND
+    }
+
+    /// The codes of 32 values, and the sums of each half.
     #[inline(always)]
     fn static_codes(x: &[f32; 32], scale: f32) -> ([i8; 32], [i16; 2]) {
-        let nearest: [i32; 32] = each(|l| {
-            let y = x[l] / scale;
-            // Comparisons that NaN fails; the additions round.
-            let low = if y > -128.0 { y } else { -128.0 };
-            let c = if low < 127.0 { low } else { 127.0 };
-            (c + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
-        });
+        let nearest: [i32; 32] = each(|l| static_code(x[l], scale).to_bits().wrapping_sub(ROUND.to_bits()) as i32);
         (each(|l| nearest[l] as i8), each(|half| nearest[16 * half..][..16].iter().sum::<i32>() as i16))
     }
 
     #[inline(always)]
     pub fn round_static<H: Native>(x: &mut [f32], scale: f32) {
         for x in x {
-            let y = *x / scale;
-            let low = if y > -128.0 { y } else { -128.0 };
-            let c = if low < 127.0 { low } else { 127.0 };
-            *x = if x.is_finite() { (c + ROUND - ROUND) * scale } else { f32::NAN };
+            *x = if x.is_finite() { (static_code(*x, scale) - ROUND) * scale } else { f32::NAN };
         }
     }
 

@@ -571,7 +571,10 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     // With sixteen lanes, the other half of the streams.
     let other = const { (S::ROWS / 8 - 1) * N } * each;
-    begin((0..const { N * S::ROWS / 8 } * (each > 0) as usize).map(|i| &w[(from + i * each) * row_bytes..]));
+    if each == 0 {
+        return from;
+    }
+    begin((0..const { N * S::ROWS / 8 }).map(|i| &w[(from + i * each) * row_bytes..]));
     for r in (0..each).step_by(8) {
         let mut streams = [[&[][..]; 2]; N];
         for (i, stream) in streams.iter_mut().enumerate() {
