@@ -27,6 +27,7 @@ pub(crate) trait Dot: Copy {
     fn dot16(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i;
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i;
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
+    fn dot32_scaled(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i;
     /// [`Simd::NARROW`].
     const NARROW: bool = false;
     /// [`Simd::crumbs`]: fields 0 and 2 to `sums[0]`, four times fields 1 and 3 to `sums[1]`.
@@ -204,6 +205,10 @@ impl<D: Dot> Simd for Ymm<D> {
         D::dot16_scaled(acc, w, a, range, scale)
     }
     #[inline(always)]
+    fn dot32_scaled(self, acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
+        D::dot32_scaled(acc, w, a, range, scale)
+    }
+    #[inline(always)]
     fn load_i8(self, groups: [&[i8; 32]; 2]) -> __m256i {
         load_i8(groups[0])
     }
@@ -289,7 +294,7 @@ impl<D: Dot> Eight for Ymm<D> {
     }
 
     #[inline(always)]
-    fn across(self, w: [__m256i; 8], a: &[i8; 32], range: Range) -> [__m256i; 2] {
+    fn across16(self, w: [__m256i; 8], a: &[i8; 32], range: Range) -> [__m256i; 2] {
         let a = load_i8(a);
         let mut part = w;
         for part in &mut part {
@@ -490,6 +495,29 @@ fn fold(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256
     })
 }
 
+/// The same of eight such sums.
+#[inline(always)]
+fn fold_all(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
+    let (first, second) = wide::halves(a);
+    let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+    match range {
+        // All 16 sums of two products fit in 16 bits together.
+        Range::Unsigned(span) if span * 2 * 128 * 8 <= 32_767 => proven!({
+            let (p, q) = (products(w_first, first), products(w_second, second));
+            let p = _mm256_add_epi16(_mm256_add_epi16(p[0], p[1]), _mm256_add_epi16(p[2], p[3]));
+            let q = _mm256_add_epi16(_mm256_add_epi16(q[0], q[1]), _mm256_add_epi16(q[2], q[3]));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(p, q), scale))
+        }),
+        _ => fold(fold(acc, w_first, first, range, scale), w_second, second, range, scale),
+    }
+}
+
+/// The low halves of i32, in both halves.
+#[inline(always)]
+fn twice(v: __m256i) -> __m256i {
+    proven!(_mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v)))
+}
+
 /// The even bytes, widened to 16 bits.
 #[inline(always)]
 fn even(v: __m256i) -> __m256i {
@@ -522,23 +550,16 @@ impl Dot for Maddubs {
 
     #[inline(always)]
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i {
-        let (first, second) = wide::halves(a);
-        let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
-        match range {
-            // All 16 sums of two products fit in 16 bits together.
-            Range::Unsigned(span) if span * 2 * 128 * 8 <= 32_767 => proven!({
-                let (p, q) = (products(w_first, first), products(w_second, second));
-                let p = _mm256_add_epi16(_mm256_add_epi16(p[0], p[1]), _mm256_add_epi16(p[2], p[3]));
-                let q = _mm256_add_epi16(_mm256_add_epi16(q[0], q[1]), _mm256_add_epi16(q[2], q[3]));
-                _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(p, q), _mm256_set1_epi16(1)))
-            }),
-            _ => Self::dot16(Self::dot16(acc, w_first, first, range), w_second, second, range),
-        }
+        proven!(fold_all(acc, w, a, range, _mm256_set1_epi16(1)))
     }
 
     #[inline(always)]
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i {
-        proven!(fold(acc, w, a, range, _mm256_blend_epi16::<0xaa>(scale, _mm256_slli_epi32::<16>(scale))))
+        fold(acc, w, a, range, twice(scale))
+    }
+    #[inline(always)]
+    fn dot32_scaled(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
+        fold_all(acc, w, a, range, twice(scale))
     }
 
     /// Fields 1 and 3 stay four times too large: a shift less for each. A lane takes four products of 32 bytes to each sum, at

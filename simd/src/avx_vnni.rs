@@ -96,6 +96,14 @@ impl<V: Dpbusd> Dot for V {
         })
     }
 
+    #[inline(always)]
+    fn dot32_scaled(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
+        proven!({
+            let isum = Self::dot32(_mm256_setzero_si256(), w, a, range);
+            _mm256_add_epi32(acc, _mm256_mullo_epi32(isum, scale))
+        })
+    }
+
     /// Fields 1 and 3 stay four times too large: a shift less for each.
     #[inline(always)]
     fn crumbs(sums: [__m256i; 2], w: __m256i, a: [__m256i; 4]) -> [__m256i; 2] {

@@ -36,6 +36,8 @@ pub(crate) trait Dot: Copy {
     fn dot<const N: usize>(acc: Ints, w: [Bytes; N], a: &[i8], range: Range) -> Ints;
     /// The products of 16 weights of one row with 16 activations, some of them added in each lane.
     fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t;
+    /// The same of 32.
+    fn row32(w: Bytes, a: [int8x16_t; 2], range: Range) -> int32x4_t;
     /// [`Simd::panel`].
     #[inline(always)]
     fn panel(w: [Bytes; 8]) -> [Bytes; 8] {
@@ -258,6 +260,18 @@ impl<D: Dot> Simd for Neon<D> {
     }
 
     #[inline(always)]
+    fn first(self, v: Self::F) -> Self::F {
+        let mut v = v;
+        if cfg!(not(miri)) {
+            // SAFETY: no instruction at all.
+            unsafe {
+                asm!("/* {0:v} {1:v} */", inlateout(vreg) v[0], inlateout(vreg) v[1], options(nostack, preserves_flags));
+            }
+        }
+        v
+    }
+
+    #[inline(always)]
     fn dot16(self, acc: Ints, w: [Bytes; 4], a: &[i8; 16], range: Range) -> Ints {
         D::dot(acc, w, a, range)
     }
@@ -287,11 +301,18 @@ impl<D: Dot> Simd for Neon<D> {
         range: Range,
         scale: Ints,
     ) -> [Ints; T] {
-        let (mut acc, products) = (acc, D::panel_dot([self.splat(0); T], w, a, range));
-        unrolled!(t < T, {
-            acc[t] = self.add(acc[t], self.mul(products[t], scale));
-        });
-        acc
+        scaled(acc, D::panel_dot([self.splat(0); T], w, a, range), scale)
+    }
+    #[inline(always)]
+    fn panel_dot32_scaled<const T: usize>(
+        self,
+        acc: [Ints; T],
+        w: [Bytes; 8],
+        a: [&[i8; 32]; T],
+        range: Range,
+        scale: Ints,
+    ) -> [Ints; T] {
+        scaled(acc, D::panel_dot([self.splat(0); T], w, a, range), scale)
     }
 
     #[inline(always)]
@@ -385,17 +406,33 @@ impl<D: Dot> Eight for Neon<D> {
     }
 
     #[inline(always)]
-    fn across(self, w: [Bytes; 8], a: &[i8; 32], range: Range) -> [Ints; 2] {
+    fn across16(self, w: [Bytes; 8], a: &[i8; 32], range: Range) -> [Ints; 2] {
         let a = activations(a);
         let mut sums = [self.splat(0); 2];
-        for half in 0..2 {
-            for four in 0..2 {
-                let mut rows = [proven!(vdupq_n_s32(0)); 4];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    *row = D::row(w[4 * four + i][half], a[half], range);
+        for four in 0..2 {
+            // A row at a time: fewer vectors wait for their turn.
+            let mut rows = [[proven!(vdupq_n_s32(0)); 4]; 2];
+            for i in 0..4 {
+                for half in 0..2 {
+                    rows[half][i] = D::row(w[4 * four + i][half], a[half], range);
                 }
-                sums[half][four] = add_across(rows);
             }
+            for half in 0..2 {
+                sums[half][four] = add_across(rows[half]);
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn across32(self, w: [Bytes; 8], a: &[i8; 32], range: Range) -> Ints {
+        let a = activations(a);
+        let mut sums = self.splat(0);
+        for (four, sum) in sums.iter_mut().enumerate() {
+            let mut rows = [proven!(vdupq_n_s32(0)); 4];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = D::row32(w[4 * four + i], a, range);
+            }
+            *sum = add_across(rows);
         }
         sums
     }
@@ -426,6 +463,16 @@ impl<D: Dot> Eight for Neon<D> {
         }
         columns
     }
+}
+
+/// `acc + scale·products` of each token.
+#[inline(always)]
+fn scaled<const T: usize>(acc: [Ints; T], products: [Ints; T], scale: Ints) -> [Ints; T] {
+    let mut acc = acc;
+    unrolled!(t < T, {
+        acc[t] = zip(acc[t], zip(products[t], scale, |p, s| proven!(vmulq_s32(p, s))), |a, p| proven!(vaddq_s32(a, p)));
+    });
+    acc
 }
 
 // Pieces the files of this architecture share. They are called where the instructions are proven to be there.
@@ -698,6 +745,15 @@ impl Dot for Mull {
         let w = proven!(vreinterpretq_s8_u8(w));
         let sums = Sums::low(w, a);
         if fit(range) > 1 { sums.plus_high(w, a).widen() } else { sums.then(Sums::high(w, a)).widen() }
+    }
+
+    #[inline(always)]
+    fn row32(w: Bytes, a: [int8x16_t; 2], range: Range) -> int32x4_t {
+        if fit(range) < 4 {
+            return proven!(vaddq_s32(Self::row(w[0], a[0], range), Self::row(w[1], a[1], range)));
+        }
+        let w = both(w, |w| proven!(vreinterpretq_s8_u8(w)));
+        Sums::low(w[0], a[0]).plus_high(w[0], a[0]).plus_low(w[1], a[1]).plus_high(w[1], a[1]).widen()
     }
 
     #[inline(always)]

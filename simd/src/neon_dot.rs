@@ -198,6 +198,11 @@ impl Dot for Sdot {
     }
 
     #[inline(always)]
+    fn row32(w: Bytes, a: [int8x16_t; 2], _: Range) -> int32x4_t {
+        proven!(sdot(sdot(vdupq_n_s32(0), vreinterpretq_s8_u8(w[0]), a[0]), vreinterpretq_s8_u8(w[1]), a[1]))
+    }
+
+    #[inline(always)]
     fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
         let mut sums = [proven!(vdupq_n_s32(0)); 4];
         for (sum, q) in sums.iter_mut().zip(rows) {

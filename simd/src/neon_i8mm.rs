@@ -160,6 +160,10 @@ impl Dot for Smmla {
         Sdot::row(w, a, range)
     }
     #[inline(always)]
+    fn row32(w: Bytes, a: [int8x16_t; 2], range: Range) -> int32x4_t {
+        Sdot::row32(w, a, range)
+    }
+    #[inline(always)]
     fn nibbles_of_rows(rows: [uint8x16_t; 4], a: [int8x16_t; 2]) -> int32x4_t {
         Sdot::nibbles_of_rows(rows, a)
     }

@@ -19,6 +19,11 @@ pub(crate) const fn sub_scales(format: Format) -> bool {
     matches!(format, Format::Q2K | Format::Q3K | Format::Q4K | Format::Q5K | Format::Q6K | Format::Iq4Xs)
 }
 
+/// Those of them where both halves of a group have a scale of their own.
+pub(crate) const fn halves_apart(format: Format) -> bool {
+    matches!(format, Format::Q2K | Format::Q3K | Format::Q6K)
+}
+
 /// After how many groups the shifts and masks of [`codes`] come round again.
 pub(crate) const fn period(format: Format) -> usize {
     match format {

@@ -189,6 +189,12 @@ pub(crate) trait Simd: Copy {
         self.add(acc, self.mul(self.dot16(self.splat(0), w, a, range), scale))
     }
 
+    /// The same for 32 weights.
+    #[inline(always)]
+    fn dot32_scaled(self, acc: Self::I, w: [Self::B; 8], a: &[i8; 32], range: Range, scale: Self::I) -> Self::I {
+        self.add(acc, self.mul(self.dot32(self.splat(0), w, a, range), scale))
+    }
+
     /// Puts 32 weights of each row into the order in which the many-token loops keep them.
     #[inline(always)]
     fn panel(self, w: [Self::B; 8]) -> [Self::B; 8] {
@@ -222,6 +228,23 @@ pub(crate) trait Simd: Copy {
         let mut acc = acc;
         unrolled!(t < T, {
             acc[t] = self.dot16_scaled(acc[t], w, a[t], range, scale);
+        });
+        acc
+    }
+
+    /// [`Simd::dot32_scaled`] likewise.
+    #[inline(always)]
+    fn panel_dot32_scaled<const T: usize>(
+        self,
+        acc: [Self::I; T],
+        w: [Self::B; 8],
+        a: [&[i8; 32]; T],
+        range: Range,
+        scale: Self::I,
+    ) -> [Self::I; T] {
+        let mut acc = acc;
+        unrolled!(t < T, {
+            acc[t] = self.dot32_scaled(acc[t], w, a[t], range, scale);
         });
         acc
     }
@@ -261,7 +284,13 @@ pub(crate) trait Eight: Simd {
     fn half(self, bits: u16) -> f32;
 
     /// For each row, the products of its 32 weights with the activations: those of the first 16, those of the rest.
-    fn across(self, w: [Self::B; 8], a: &[i8; 32], range: Range) -> [Self::I; 2];
+    fn across16(self, w: [Self::B; 8], a: &[i8; 32], range: Range) -> [Self::I; 2];
+    /// For each row, the products of its 32 weights with the activations.
+    #[inline(always)]
+    fn across32(self, w: [Self::B; 8], a: &[i8; 32], range: Range) -> Self::I {
+        let halves = self.across16(w, a, range);
+        self.add(halves[0], halves[1])
+    }
     /// For each row, the products of its 32 nibbles (as [`Eight::load_nibbles`] orders them) with the activations.
     fn nibbles_across(self, rows: [&[u8; 16]; 8], a: &[i8; 32]) -> Self::I;
     /// Vectors of rows to vectors of columns: four bytes of each row in every vector.
@@ -410,6 +439,9 @@ fn sum<S: Simd, B: Block>(s: S, w: [S::B; 8], lanes: &Lanes<S>, a: &[i8; 32], su
     if !const { unpack::sub_scales(B::FORMAT) } {
         return s.dot32(start, w, a, range);
     }
+    if !const { unpack::halves_apart(B::FORMAT) } {
+        return s.dot32_scaled(start, w, a, range, lanes.s[0]);
+    }
     let (first, second) = halves(a);
     let isum = s.dot16_scaled(start, [w[0], w[1], w[2], w[3]], first, range, lanes.s[0]);
     s.dot16_scaled(isum, [w[4], w[5], w[6], w[7]], second, range, lanes.s[1])
@@ -430,6 +462,9 @@ fn panel_sum<S: Simd, B: Block, const T: usize>(
     });
     if !const { unpack::sub_scales(B::FORMAT) } {
         return s.panel_dot32(isum, w, a, range);
+    }
+    if !const { unpack::halves_apart(B::FORMAT) } {
+        return s.panel_dot32_scaled(isum, w, a, range, lanes.s[0]);
     }
     let (mut first, mut second) = ([halves(a[0]).0; T], [halves(a[0]).1; T]);
     unrolled!(t < T, {
@@ -469,6 +504,9 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
                         acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
+                        if per_block > 1 && (period > 2 || inner + 1 == period) {
+                            acc = s.first(acc);
+                        }
                     });
                 }
             }
@@ -496,12 +534,16 @@ fn sum_across<S: Eight, B: Block>(
     for (i, w) in w.iter_mut().enumerate() {
         *w = unpack::codes::<S, B, _>(s, Row(block.row(i)), g);
     }
-    let isum = s.across(w, a, range);
     if !const { unpack::sub_scales(B::FORMAT) } {
-        let isum = s.add(isum[0], isum[1]);
+        let isum = s.across32(w, a, range);
         return if bias > 0 { s.add(isum, s.start(sums, bias)) } else { isum };
     }
-    let isum = s.add(s.mul(isum[0], lanes.s[0]), s.mul(isum[1], lanes.s[1]));
+    let isum = if const { unpack::halves_apart(B::FORMAT) } {
+        let halves = s.across16(w, a, range);
+        s.add(s.mul(halves[0], lanes.s[0]), s.mul(halves[1], lanes.s[1]))
+    } else {
+        s.mul(s.across32(w, a, range), lanes.s[0])
+    };
     if bias == 0 {
         return isum;
     }
@@ -868,12 +910,8 @@ impl<S: Simd> Panel<S> {
             for (v, w) in w.iter_mut().enumerate() {
                 *w = s.load([&q[v * Self::GROUPS], &q[(v + 1) * Self::GROUPS - 1]]);
             }
-            let lanes = Lanes {
-                d: s.load_f32(&self.d[k]),
-                dmin: s.load_f32(&self.dmin[k]),
-                s: [s.load_i32(&self.s[k][0]), s.load_i32(&self.s[k][1])],
-                m: [s.load_i32(&self.m[k][0]), s.load_i32(&self.m[k][1])],
-            };
+            let (d, dmin) = (s.load_f32(&self.d[k]), s.load_f32(&self.dmin[k]));
+            let lanes = Lanes { d, dmin, s: of_halves::<S, B>(s, &self.s[k]), m: of_halves::<S, B>(s, &self.m[k]) };
             let (mut a, mut da, mut sums) = ([&[0; 32]; T], [0.0; T], [&[0; 2]; T]);
             unrolled!(i < T, {
                 (a[i], da[i], sums[i]) = tokens[i].group(k);
@@ -887,6 +925,13 @@ impl<S: Simd> Panel<S> {
             s.store_f32(acc[i], &mut self.acc[t + i]);
         });
     }
+}
+
+/// Scales or minima of both halves of a group; one of all of it for both.
+#[inline(always)]
+fn of_halves<S: Simd, B: Block>(s: S, of: &[[i32; 16]; 2]) -> [S::I; 2] {
+    let first = s.load_i32(&of[0]);
+    [first, if const { unpack::halves_apart(B::FORMAT) } { s.load_i32(&of[1]) } else { first }]
 }
 
 /// Lanes of eight rows to one half of sixteen.
