@@ -3,7 +3,7 @@
 //!
 //! *cache*: one token and 64 tokens, weights that stay in the second-level cache, in weights times tokens a second.
 //! *prompt*: 64 tokens, a matrix of 12288 rows of 1536, in multiply-adds a second; `peak` is the ISA's int8 arithmetic in
-//! registers. *memory*: one token, 256 MB of weights, matrices of 2048 rows, in bytes a second, on one and on two threads, and as a
+//! registers. *memory*: one token, 256 MB of weights, matrices of as many rows, in bytes a second, on one and on two threads, and as a
 //! share of `read`: as many bytes read just before and nothing else, in the faster of several ways. Criterion measures one after
 //! another: on a busy machine repeat, and compare ratios.
 
@@ -19,6 +19,9 @@ use common::{Rng, weights};
 
 /// Columns of most matrices of the smallest model.
 const COLS: usize = 1536;
+
+/// Rows of its largest ones but for the embeddings.
+const ROWS: usize = 12_288;
 
 /// Formats of the files people have; the others are measured in the cache only.
 const HOT: [Format; 9] = [
@@ -120,7 +123,6 @@ fn cache(c: &mut Criterion) {
 
 fn prompt(c: &mut Criterion) {
     const TOKENS: usize = 64;
-    const ROWS: usize = 12_288;
     let mut group = c.benchmark_group("prompt");
     quick(&mut group);
     for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
@@ -151,8 +153,8 @@ fn on_threads<'a, T: Sync + 'a>(mut parts: impl Iterator<Item = &'a [T]>, f: imp
 fn memory(c: &mut Criterion) {
     const BYTES: usize = 256 << 20;
     for threads in [1, 2] {
-        // Rows of a thread of a matrix of 2048.
-        let at_once = 2048 / threads;
+        // Rows of a thread of a matrix.
+        let at_once = ROWS / threads;
         let mut group = c.benchmark_group(format!("memory, {threads} threads"));
         quick(&mut group);
         let lines: Vec<measure::Line> = vec![[1; 8]; BYTES / size_of::<measure::Line>()];
@@ -165,7 +167,7 @@ fn memory(c: &mut Criterion) {
         let way = measure::WAYS.into_iter().max_by(|&a, &b| best(a).total_cmp(&best(b))).expect("a way");
         for kernel in hot() {
             let row_bytes = kernel.format().row_bytes(COLS).expect("whole blocks");
-            let rows = BYTES / row_bytes / 2048 * 2048;
+            let rows = BYTES / row_bytes / ROWS * ROWS;
             let product = Product::new(kernel, rows, 1, &mut Rng(3));
             let bytes = product.bytes.len();
             group.throughput(Throughput::Bytes(bytes as u64));

@@ -104,22 +104,21 @@ mod peak {
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    /// `$step`, of `$products` products, on `$sums` sums: as many as hide its latency and fit in registers. Each sum has
-    /// weights of its own, and each round other activations, or the compiler would make products once for all.
+    /// `$step`, of `$products` products, on `$sums` sums with `$weights` weights: as many as hide its latency and fit in registers.
+    /// Where products are made apart from sums each sum has weights of its own, and each round other activations, or the compiler
+    /// would make products once for all.
     macro_rules! peak {
-        ($name:ident, $features:literal, $sums:literal sums of $products:literal, $byte:ident, $int:ident, $xor:ident,
-         |$sum:ident, $w:ident, $a:ident| $step:expr) => {
+        ($name:ident, $features:literal, $sums:literal sums of $products:literal with $weights:literal weights,
+         $byte:ident, $int:ident, $xor:ident, |$sum:ident, $w:ident, $a:ident| $step:expr) => {
             #[target_feature(enable = $features)]
             pub fn $name(rounds: usize) -> u64 {
-                let mut w = [$byte(0); $sums];
-                let mut sums = [$int(0); $sums];
-                for (i, (w, sum)) in w.iter_mut().zip(&mut sums).enumerate() {
-                    (*w, *sum) = black_box(($byte(i as i8), $int(i as i32)));
-                }
+                let (mut w, mut sums) = ([$byte(0); $weights], [$int(0); $sums]);
+                w.iter_mut().enumerate().for_each(|(i, w)| *w = black_box($byte(i as i8)));
+                sums.iter_mut().enumerate().for_each(|(i, sum)| *sum = black_box($int(i as i32)));
                 let (mut $a, change) = black_box(($byte(1), $byte(3)));
                 for _ in 0..rounds {
-                    for (sum, w) in sums.iter_mut().zip(w) {
-                        let ($sum, $w) = (*sum, w);
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let ($sum, $w) = (*sum, w[i % $weights]);
                         *sum = $step;
                     }
                     $a = $xor($a, change);
@@ -133,16 +132,16 @@ mod peak {
     #[cfg(target_arch = "x86_64")]
     mod x86 {
         use super::*;
-        peak!(avx2, "avx2", 5 sums of 32, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
+        peak!(avx2, "avx2", 5 sums of 32 with 5 weights, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
             _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)))
         });
-        peak!(avx_vnni, "avx2,avxvnni", 10 sums of 32, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
+        peak!(avx_vnni, "avx2,avxvnni", 10 sums of 32 with 2 weights, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_xor_si256, |sum, w, a| {
             _mm256_dpbusd_avx_epi32(sum, w, a)
         });
         peak!(
             avx512,
             "avx512f,avx512bw,avx512vnni",
-            12 sums of 64,
+            12 sums of 64 with 2 weights,
             _mm512_set1_epi8,
             _mm512_set1_epi32,
             _mm512_xor_si512,
@@ -157,15 +156,15 @@ mod peak {
         use super::*;
         use crate::neon_dot::sdot;
         use crate::neon_i8mm::smmla;
-        peak!(neon, "neon", 8 sums of 16, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| {
+        peak!(neon, "neon", 8 sums of 16 with 8 weights, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| {
             let products = vmull_s8(vget_low_s8(w), vget_low_s8(a));
             vpadalq_s16(sum, vmlal_high_s8(products, w, a))
         });
-        peak!(neon_dot, "neon,dotprod", 12 sums of 16, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| sdot(sum, w, a));
+        peak!(neon_dot, "neon,dotprod", 12 sums of 16 with 2 weights, vdupq_n_s8, vdupq_n_s32, veorq_s8, |sum, w, a| sdot(sum, w, a));
         peak!(
             neon_i8mm,
             "neon,dotprod,i8mm",
-            12 sums of 32,
+            12 sums of 32 with 2 weights,
             vdupq_n_s8,
             vdupq_n_s32,
             veorq_s8,
