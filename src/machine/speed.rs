@@ -73,13 +73,13 @@ impl Measured {
     pub fn load(home: &Path) -> Option<Measured> {
         let text = std::fs::read_to_string(home.join(Measured::FILE)).ok()?;
         let measured: Measured = serde_json::from_str(&text).ok()?;
-        (measured.cpu == super::cpu_name()).then_some(measured)
+        (measured.cpu == processor()).then_some(measured)
     }
 
     /// Remembers `speeds`, (threads, bytes a second), beside what is known: the fastest counts, a busy machine only takes away.
     /// That it cannot be written is no error: it is measured again.
     pub fn save(home: &Path, speeds: &[(usize, f64)]) {
-        let mut measured = Measured::load(home).unwrap_or(Measured { cpu: super::cpu_name(), read: BTreeMap::new() });
+        let mut measured = Measured::load(home).unwrap_or(Measured { cpu: processor(), read: BTreeMap::new() });
         for (threads, speed) in speeds {
             let best = measured.read.entry(*threads).or_default();
             *best = best.max(*speed);
@@ -95,6 +95,11 @@ impl Measured {
     pub fn read(&self, threads: usize) -> Option<f64> {
         self.read.get(&threads).copied().filter(|speed| *speed > 0.0)
     }
+}
+
+/// The processor's name and its best instruction set: generations of one maker's servers may share a name.
+fn processor() -> String {
+    format!("{}, {}", super::cpu_name(), Isa::best().name())
 }
 
 /// Products of bytes that `threads` threads multiply and add in a second, at best, in passes for `time` altogether; `None`
