@@ -504,6 +504,7 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
                         acc = step::<S, B>(s, isum, &lanes, da, sums, acc);
+                        // Two groups may share what was read once; of more, vectors would wait on the stack.
                         if per_block > 1 && (period > 2 || inner + 1 == period) {
                             acc = s.first(acc);
                         }
