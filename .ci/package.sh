@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 packages_install() {
-    local home archive
+    local home archive byte
     .github/package.sh "$1"
     home=$(mktemp -d)
     env -u PREFIX HOME="$home" sh .github/install.sh target/package
@@ -14,15 +14,22 @@ packages_install() {
     # An archive with one byte changed is not installed.
     archive=$(cd target/package && ls ./*.tar.gz)
     cp -r target/package "$home/damaged"
-    printf '\377' | dd of="$home/damaged/$archive" bs=1 seek=100000 conv=notrunc status=none
-    if PREFIX=$home/none sh .github/install.sh "$home/damaged" 2>"$home/said"; then return 1; fi
+    byte=$(od -An -tu1 -j100000 -N1 "$home/damaged/$archive")
+    printf "\\x$(printf %02x $((byte ^ 255)))" | dd of="$home/damaged/$archive" bs=1 seek=100000 conv=notrunc status=none
+    if PREFIX=$home/none sh .github/install.sh "$home/damaged" 2>"$home/said"; then
+        echo "a damaged archive was installed"
+        return 1
+    fi
     grep -q 'is damaged' "$home/said" && [ ! -e "$home/none" ]
 
     # Nor is anything on a system that could not run it.
     mkdir "$home/fake"
     printf '#!/bin/sh\n[ "$1" = -s ] && echo Linux || echo armv7l\n' >"$home/fake/uname"
     chmod +x "$home/fake/uname"
-    if PATH=$home/fake:$PATH PREFIX=$home/none sh .github/install.sh target/package 2>"$home/said"; then return 1; fi
+    if PATH=$home/fake:$PATH PREFIX=$home/none sh .github/install.sh target/package 2>"$home/said"; then
+        echo "a 32-bit system was given a 64-bit program"
+        return 1
+    fi
     grep -q '32-bit' "$home/said" && [ ! -e "$home/none" ]
 
     if compgen -G 'target/package/*.deb' >/dev/null; then
