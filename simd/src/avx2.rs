@@ -14,13 +14,15 @@ use crate::Isa;
 use crate::format::Block;
 use crate::unpack::EightRows;
 use crate::vec::LANES;
-use crate::wide::{self, Eight, Product, Range, Simd, proven};
+use crate::wide::{self, Eight, Product, Range, Simd, Vectors, proven};
 
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
     const ISA: Isa;
-    const ANEW: bool = false;
     const SIGNED_BIAS: i32;
+    /// [`Simd::Many`].
+    type Many: Vectors<Eight = Ymm<Self>>;
+    fn many(s: Ymm<Self>) -> Self::Many;
     fn new() -> Option<Self>;
     /// The way into code compiled for this ISA.
     fn enter<B: Block>(s: Ymm<Self>, product: Product<B>);
@@ -45,30 +47,18 @@ pub(crate) trait Dot: Copy {
 #[derive(Clone, Copy)]
 pub(crate) struct Ymm<D>(PhantomData<D>);
 
-impl<D: Dot> Simd for Ymm<D> {
+impl<D: Dot> Vectors for Ymm<D> {
     type B = __m256i;
     type I = __m256i;
     type F = __m256;
-    type Sums = [__m256i; 2];
     type Eight = Self;
 
-    const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
-    const ANEW: bool = D::ANEW;
-    const NARROW: bool = D::NARROW;
     const SIGNED_BIAS: i32 = D::SIGNED_BIAS;
 
     #[inline(always)]
-    fn new() -> Option<Self> {
-        D::new().filter(|_| Isa::Avx2.supported()).map(|_| Ymm(PhantomData))
-    }
-    #[inline(always)]
     fn eight(self) -> Self {
         self
-    }
-    #[inline(always)]
-    fn enter<B: Block>(self, product: Product<B>) {
-        D::enter(self, product);
     }
 
     #[inline(always)]
@@ -79,6 +69,106 @@ impl<D: Dot> Simd for Ymm<D> {
     fn splat_u8(self, value: u8) -> __m256i {
         proven!(_mm256_set1_epi8(value as i8))
     }
+
+    #[inline(always)]
+    fn splat(self, value: i32) -> __m256i {
+        proven!(_mm256_set1_epi32(value))
+    }
+    #[inline(always)]
+    fn load_i32(self, from: &[i32; 16]) -> __m256i {
+        proven!(_mm256_loadu_si256(from.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn store_i32(self, v: __m256i, to: &mut [i32; 16]) {
+        proven!(_mm256_storeu_si256(to.as_mut_ptr().cast(), v));
+    }
+    #[inline(always)]
+    fn add(self, a: __m256i, b: __m256i) -> __m256i {
+        proven!(_mm256_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256i, b: __m256i) -> __m256i {
+        proven!(_mm256_mullo_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn zero(self) -> __m256 {
+        proven!(_mm256_setzero_ps())
+    }
+    #[inline(always)]
+    fn splat_f32(self, value: f32) -> __m256 {
+        proven!(_mm256_set1_ps(value))
+    }
+    #[inline(always)]
+    fn load_f32(self, from: &[f32; 16]) -> __m256 {
+        proven!(_mm256_loadu_ps(from.as_ptr()))
+    }
+    #[inline(always)]
+    fn store_f32(self, v: __m256, to: &mut [f32; 16]) {
+        proven!(_mm256_storeu_ps(to.as_mut_ptr(), v));
+    }
+    #[inline(always)]
+    fn to_f32(self, v: __m256i) -> __m256 {
+        proven!(_mm256_cvtepi32_ps(v))
+    }
+    #[inline(always)]
+    fn mul_f32(self, a: __m256, b: __m256) -> __m256 {
+        proven!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        proven!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn fnma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        proven!(_mm256_fnmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn dot16(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i {
+        D::dot16(acc, w, a, range)
+    }
+    #[inline(always)]
+    fn dot32(self, acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i {
+        D::dot32(acc, w, a, range)
+    }
+    #[inline(always)]
+    fn dot16_scaled(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i {
+        D::dot16_scaled(acc, w, a, range, scale)
+    }
+    #[inline(always)]
+    fn dot32_scaled(self, acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
+        D::dot32_scaled(acc, w, a, range, scale)
+    }
+    #[inline(always)]
+    fn weighted(self, scales: [__m256i; 2], sums: &[i16; 2]) -> __m256i {
+        proven!({
+            let pairs = _mm256_blend_epi16::<0xaa>(scales[0], _mm256_slli_epi32::<16>(scales[1]));
+            _mm256_madd_epi16(pairs, every(pair(sums)))
+        })
+    }
+}
+
+impl<D: Dot> Simd for Ymm<D> {
+    type Sums = [__m256i; 2];
+    type Many = D::Many;
+
+    const ISA: Isa = D::ISA;
+    const NARROW: bool = D::NARROW;
+
+    #[inline(always)]
+    fn new() -> Option<Self> {
+        D::new().filter(|_| Isa::Avx2.supported()).map(|_| Ymm(PhantomData))
+    }
+    #[inline(always)]
+    fn many(self) -> D::Many {
+        D::many(self)
+    }
+    #[inline(always)]
+    fn enter<B: Block>(self, product: Product<B>) {
+        D::enter(self, product);
+    }
+
     #[inline(always)]
     fn field(self, b: __m256i, shift: usize, mask: u8) -> __m256i {
         if shift == 0 && mask == 255 {
@@ -101,30 +191,9 @@ impl<D: Dot> Simd for Ymm<D> {
             _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), indices)
         })
     }
-
-    #[inline(always)]
-    fn splat(self, value: i32) -> __m256i {
-        proven!(_mm256_set1_epi32(value))
-    }
-    #[inline(always)]
-    fn load_i32(self, from: &[i32; 16]) -> __m256i {
-        proven!(_mm256_loadu_si256(from.as_ptr().cast()))
-    }
-    #[inline(always)]
-    fn store_i32(self, v: __m256i, to: &mut [i32; 16]) {
-        proven!(_mm256_storeu_si256(to.as_mut_ptr().cast(), v));
-    }
-    #[inline(always)]
-    fn add(self, a: __m256i, b: __m256i) -> __m256i {
-        proven!(_mm256_add_epi32(a, b))
-    }
     #[inline(always)]
     fn sub(self, a: __m256i, b: __m256i) -> __m256i {
         proven!(_mm256_sub_epi32(a, b))
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256i, b: __m256i) -> __m256i {
-        proven!(_mm256_mullo_epi32(a, b))
     }
     #[inline(always)]
     fn or_i32(self, a: __m256i, b: __m256i) -> __m256i {
@@ -149,64 +218,14 @@ impl<D: Dot> Simd for Ymm<D> {
             [_mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(pairs)), _mm256_srai_epi32::<16>(pairs)]
         })
     }
-
-    #[inline(always)]
-    fn zero(self) -> __m256 {
-        proven!(_mm256_setzero_ps())
-    }
-    #[inline(always)]
-    fn splat_f32(self, value: f32) -> __m256 {
-        proven!(_mm256_set1_ps(value))
-    }
-    #[inline(always)]
-    fn load_f32(self, from: &[f32; 16]) -> __m256 {
-        proven!(_mm256_loadu_ps(from.as_ptr()))
-    }
-    #[inline(always)]
-    fn store_f32(self, v: __m256, to: &mut [f32; 16]) {
-        proven!(_mm256_storeu_ps(to.as_mut_ptr(), v));
-    }
     #[inline(always)]
     fn halves(self, groups: [&[u8; 16]; 2]) -> __m256 {
         proven!(_mm256_cvtph_ps(_mm_loadu_si128(groups[0].as_ptr().cast())))
-    }
-    #[inline(always)]
-    fn to_f32(self, v: __m256i) -> __m256 {
-        proven!(_mm256_cvtepi32_ps(v))
-    }
-    #[inline(always)]
-    fn mul_f32(self, a: __m256, b: __m256) -> __m256 {
-        proven!(_mm256_mul_ps(a, b))
-    }
-    #[inline(always)]
-    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        proven!(_mm256_fmadd_ps(a, b, c))
-    }
-    #[inline(always)]
-    fn fnma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        proven!(_mm256_fnmadd_ps(a, b, c))
     }
 
     #[inline(always)]
     fn first(self, v: __m256) -> __m256 {
         proven!(before_the_rest(v))
-    }
-
-    #[inline(always)]
-    fn dot16(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range) -> __m256i {
-        D::dot16(acc, w, a, range)
-    }
-    #[inline(always)]
-    fn dot32(self, acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i {
-        D::dot32(acc, w, a, range)
-    }
-    #[inline(always)]
-    fn dot16_scaled(self, acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i {
-        D::dot16_scaled(acc, w, a, range, scale)
-    }
-    #[inline(always)]
-    fn dot32_scaled(self, acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i {
-        D::dot32_scaled(acc, w, a, range, scale)
     }
     #[inline(always)]
     fn load_i8(self, groups: [&[i8; 32]; 2]) -> __m256i {
@@ -250,13 +269,6 @@ impl<D: Dot> Simd for Ymm<D> {
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m256i {
         proven!(_mm256_madd_epi16(every(pair(sums)), _mm256_set1_epi16(-bias as i16)))
-    }
-    #[inline(always)]
-    fn weighted(self, scales: [__m256i; 2], sums: &[i16; 2]) -> __m256i {
-        proven!({
-            let pairs = _mm256_blend_epi16::<0xaa>(scales[0], _mm256_slli_epi32::<16>(scales[1]));
-            _mm256_madd_epi16(pairs, every(pair(sums)))
-        })
     }
 }
 
@@ -528,7 +540,12 @@ impl Dot for Maddubs {
     const ISA: Isa = Isa::Avx2;
     const NARROW: bool = true;
     const SIGNED_BIAS: i32 = 0;
+    type Many = Ymm<Maddubs>;
 
+    #[inline(always)]
+    fn many(s: Ymm<Maddubs>) -> Ymm<Maddubs> {
+        s
+    }
     #[inline(always)]
     fn new() -> Option<Maddubs> {
         Some(Maddubs)

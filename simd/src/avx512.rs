@@ -13,7 +13,7 @@ use crate::Isa;
 use crate::avx_vnni::Dpbusd;
 use crate::avx2::{Ymm, four, pair};
 use crate::format::Block;
-use crate::wide::{Product, Range, Simd, proven};
+use crate::wide::{Product, Range, Simd, Vectors, proven};
 
 /// `vpdpbusd` on 256 bits as AVX-512 encodes it.
 #[derive(Clone, Copy)]
@@ -55,38 +55,19 @@ fn both(low: __m256i, high: __m256i) -> __m512i {
     proven!(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high))
 }
 
-impl Simd for Zmm {
+impl Vectors for Zmm {
     type B = __m512i;
     type I = __m512i;
     type F = __m512;
-    type Sums = [__m512i; 2];
     type Eight = Ymm<Evex>;
 
-    const ISA: Isa = Isa::Avx512;
     const ROWS: usize = 16;
     const TOKENS: usize = 8;
     const SIGNED_BIAS: i32 = 128;
 
     #[inline(always)]
-    fn new() -> Option<Zmm> {
-        Ymm::new().map(Zmm)
-    }
-    #[inline(always)]
     fn eight(self) -> Ymm<Evex> {
         self.0
-    }
-    #[inline(always)]
-    fn enter<B: Block>(self, product: Product<B>) {
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-        fn compiled<B: Block>(s: Zmm, product: Product<B>) {
-            product.run(s);
-        }
-        proven!(compiled(self, product));
-    }
-
-    #[inline(always)]
-    fn ahead(_: usize) -> usize {
-        AHEAD
     }
     #[inline(always)]
     fn load(self, groups: [&[u8; 32]; 2]) -> __m512i {
@@ -98,28 +79,6 @@ impl Simd for Zmm {
     #[inline(always)]
     fn splat_u8(self, value: u8) -> __m512i {
         proven!(_mm512_set1_epi8(value as i8))
-    }
-    #[inline(always)]
-    fn field(self, b: __m512i, shift: usize, mask: u8) -> __m512i {
-        proven!({
-            let right = _mm512_srlv_epi16(b, _mm512_set1_epi16(shift as i16));
-            _mm512_and_si512(right, _mm512_set1_epi8(mask as i8))
-        })
-    }
-    #[inline(always)]
-    fn shl(self, b: __m512i, n: usize) -> __m512i {
-        proven!(_mm512_sllv_epi16(b, _mm512_set1_epi16(n as i16)))
-    }
-    #[inline(always)]
-    fn or(self, a: __m512i, b: __m512i) -> __m512i {
-        proven!(_mm512_or_si512(a, b))
-    }
-    #[inline(always)]
-    fn look_up(self, table: &[i8; 16], indices: __m512i) -> __m512i {
-        proven!({
-            let table = _mm_loadu_si128(table.as_ptr().cast());
-            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), indices)
-        })
     }
 
     #[inline(always)]
@@ -139,39 +98,8 @@ impl Simd for Zmm {
         proven!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
-    fn sub(self, a: __m512i, b: __m512i) -> __m512i {
-        proven!(_mm512_sub_epi32(a, b))
-    }
-    #[inline(always)]
     fn mul(self, a: __m512i, b: __m512i) -> __m512i {
         proven!(_mm512_mullo_epi32(a, b))
-    }
-    #[inline(always)]
-    fn or_i32(self, a: __m512i, b: __m512i) -> __m512i {
-        proven!(_mm512_or_si512(a, b))
-    }
-    #[inline(always)]
-    fn field_i32(self, v: __m512i, shift: usize, mask: u32) -> __m512i {
-        proven!({
-            let right = _mm512_srlv_epi32(v, _mm512_set1_epi32(shift as i32));
-            _mm512_and_si512(right, _mm512_set1_epi32(mask as i32))
-        })
-    }
-    #[inline(always)]
-    fn shl_i32(self, v: __m512i, n: usize) -> __m512i {
-        proven!(_mm512_sllv_epi32(v, _mm512_set1_epi32(n as i32)))
-    }
-    #[inline(always)]
-    fn words(self, b: __m512i) -> __m512i {
-        b
-    }
-    #[inline(always)]
-    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [__m512i; 2] {
-        proven!({
-            let load = |group: &[u8; 16]| _mm_loadu_si128(group.as_ptr().cast());
-            let pairs = _mm512_cvtepi8_epi16(_mm256_set_m128i(load(groups[1]), load(groups[0])));
-            [_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(pairs)), _mm512_srai_epi32::<16>(pairs)]
-        })
     }
 
     #[inline(always)]
@@ -189,13 +117,6 @@ impl Simd for Zmm {
     #[inline(always)]
     fn store_f32(self, v: __m512, to: &mut [f32; 16]) {
         proven!(_mm512_storeu_ps(to.as_mut_ptr(), v));
-    }
-    #[inline(always)]
-    fn halves(self, groups: [&[u8; 16]; 2]) -> __m512 {
-        proven!({
-            let load = |group: &[u8; 16]| _mm256_cvtph_ps(_mm_loadu_si128(group.as_ptr().cast()));
-            _mm512_insertf32x8::<1>(_mm512_castps256_ps512(load(groups[0])), load(groups[1]))
-        })
     }
     #[inline(always)]
     fn to_f32(self, v: __m512i) -> __m512 {
@@ -227,6 +148,102 @@ impl Simd for Zmm {
             });
         }
         acc
+    }
+    #[inline(always)]
+    fn weighted(self, scales: [__m512i; 2], sums: &[i16; 2]) -> __m512i {
+        proven!({
+            let high = _mm512_slli_epi32::<16>(scales[1]);
+            _mm512_madd_epi16(_mm512_mask_blend_epi16(0xaaaa_aaaa, scales[0], high), _mm512_set1_epi32(pair(sums)))
+        })
+    }
+}
+
+impl Simd for Zmm {
+    type Sums = [__m512i; 2];
+    type Many = Self;
+
+    const ISA: Isa = Isa::Avx512;
+
+    #[inline(always)]
+    fn new() -> Option<Zmm> {
+        Ymm::new().map(Zmm)
+    }
+    #[inline(always)]
+    fn many(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn enter<B: Block>(self, product: Product<B>) {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+        fn compiled<B: Block>(s: Zmm, product: Product<B>) {
+            product.run(s);
+        }
+        proven!(compiled(self, product));
+    }
+
+    #[inline(always)]
+    fn ahead(_: usize) -> usize {
+        AHEAD
+    }
+    #[inline(always)]
+    fn field(self, b: __m512i, shift: usize, mask: u8) -> __m512i {
+        proven!({
+            let right = _mm512_srlv_epi16(b, _mm512_set1_epi16(shift as i16));
+            _mm512_and_si512(right, _mm512_set1_epi8(mask as i8))
+        })
+    }
+    #[inline(always)]
+    fn shl(self, b: __m512i, n: usize) -> __m512i {
+        proven!(_mm512_sllv_epi16(b, _mm512_set1_epi16(n as i16)))
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        proven!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[i8; 16], indices: __m512i) -> __m512i {
+        proven!({
+            let table = _mm_loadu_si128(table.as_ptr().cast());
+            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), indices)
+        })
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512i, b: __m512i) -> __m512i {
+        proven!(_mm512_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        proven!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn field_i32(self, v: __m512i, shift: usize, mask: u32) -> __m512i {
+        proven!({
+            let right = _mm512_srlv_epi32(v, _mm512_set1_epi32(shift as i32));
+            _mm512_and_si512(right, _mm512_set1_epi32(mask as i32))
+        })
+    }
+    #[inline(always)]
+    fn shl_i32(self, v: __m512i, n: usize) -> __m512i {
+        proven!(_mm512_sllv_epi32(v, _mm512_set1_epi32(n as i32)))
+    }
+    #[inline(always)]
+    fn words(self, b: __m512i) -> __m512i {
+        b
+    }
+    #[inline(always)]
+    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [__m512i; 2] {
+        proven!({
+            let load = |group: &[u8; 16]| _mm_loadu_si128(group.as_ptr().cast());
+            let pairs = _mm512_cvtepi8_epi16(_mm256_set_m128i(load(groups[1]), load(groups[0])));
+            [_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(pairs)), _mm512_srai_epi32::<16>(pairs)]
+        })
+    }
+    #[inline(always)]
+    fn halves(self, groups: [&[u8; 16]; 2]) -> __m512 {
+        proven!({
+            let load = |group: &[u8; 16]| _mm256_cvtph_ps(_mm_loadu_si128(group.as_ptr().cast()));
+            _mm512_insertf32x8::<1>(_mm512_castps256_ps512(load(groups[0])), load(groups[1]))
+        })
     }
 
     #[inline(always)]
@@ -295,12 +312,5 @@ impl Simd for Zmm {
     #[inline(always)]
     fn start(self, sums: &[i16; 2], bias: i32) -> __m512i {
         proven!(_mm512_madd_epi16(_mm512_set1_epi32(pair(sums)), _mm512_set1_epi16(-bias as i16)))
-    }
-    #[inline(always)]
-    fn weighted(self, scales: [__m512i; 2], sums: &[i16; 2]) -> __m512i {
-        proven!({
-            let high = _mm512_slli_epi32::<16>(scales[1]);
-            _mm512_madd_epi16(_mm512_mask_blend_epi16(0xaaaa_aaaa, scales[0], high), _mm512_set1_epi32(pair(sums)))
-        })
     }
 }

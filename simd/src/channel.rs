@@ -22,7 +22,7 @@
 use std::cell::Cell;
 
 use crate::format::Block;
-use crate::wide::{self, Eight, MANY, Range, Simd, unrolled};
+use crate::wide::{self, Eight, MANY, Next, Range, Simd, Vectors, unrolled};
 use crate::{Acts, Format, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -44,16 +44,13 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
     let a = a.as_chunks().0;
     let tokens = Tokens { a, groups: a.len() / x.tokens, whole: x.cols / piece, x };
     if x.tokens >= MANY {
-        Panel::<S>::new().matmul::<B>(s, w, row_bytes, &tokens, out);
+        Panel::<S::Many>::new().matmul::<B>(s.many(), w, row_bytes, &tokens, out);
     } else {
         // Narrow sums of two-bit weights need many registers.
         match const { if S::NARROW && bits::<B>() == 2 { 2 } else { 4 } } {
             2 => few::<S, B, 2>(s, w, row_bytes, &tokens, out),
             _ => few::<S, B, 4>(s, w, row_bytes, &tokens, out),
         }
-    }
-    for t in 0..x.tokens {
-        finish::<S, B>(&tokens, t, w.scale, out.row(t));
     }
     ORDERED.set(ordered);
 }
@@ -166,23 +163,24 @@ impl Tokens<'_> {
 
 /// What the integers of a format are, and what has been added to them.
 #[inline(always)]
-fn range<S: Simd, B: Block>() -> (Range, i32) {
+fn range<S: Vectors, B: Block>() -> (Range, i32) {
     if B::SPAN > 127 { (Range::Full, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
 }
 
-/// From the integer sums of all rows with token `t`, which lie in `out` as they are, to the output.
+/// What biased weights add to the sums with token `t`: not for 32 bits to hold, but their differences do.
 #[inline(always)]
-fn finish<S: Simd, B: Block>(tokens: &Tokens, t: usize, row_scale: &[f32], out: &mut [f32]) {
-    let of_16 = tokens.x.cols / 16;
-    let sum: i32 = tokens.x.sums[t * of_16..][..of_16].iter().map(|a| *a as i32).sum();
-    let bias = range::<S, B>().1.wrapping_mul(sum);
-    let scale = tokens.x.scale[t];
-    for (out, row_scale) in out.iter_mut().zip(row_scale) {
-        // In between, weights with a bias may not fit in 32 bits; their sum does.
-        let isum = (out.to_bits() as i32).wrapping_sub(bias);
-        let isum = if B::NEGATIVE { -isum } else { isum };
-        *out = isum as f32 * (row_scale * scale);
-    }
+fn bias<S: Vectors, B: Block>(x: &Acts, t: usize) -> i32 {
+    let of_16 = x.cols / 16;
+    let sum: i32 = x.sums[t * of_16..][..of_16].iter().map(|a| *a as i32).sum();
+    range::<S, B>().1.wrapping_mul(sum)
+}
+
+/// From the integer sum of a row to the output.
+#[inline(always)]
+fn finish<B: Block>(isum: i32, bias: i32, row_scale: f32, scale: f32) -> f32 {
+    let isum = isum.wrapping_sub(bias);
+    let isum = if B::NEGATIVE { -isum } else { isum };
+    isum as f32 * (row_scale * scale)
 }
 
 /// An integer sum, to lie in the output until [`finish`].
@@ -265,6 +263,10 @@ fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, token
             for (out, sum) in out[n_rows - over..].iter_mut().zip(sums) {
                 *out = unfinished(sum);
             }
+        }
+        let (bias, scale) = (bias::<S, B>(tokens.x, t), tokens.x.scale[t]);
+        for (out, row_scale) in out.iter_mut().zip(w.scale) {
+            *out = finish::<B>(out.to_bits() as i32, bias, *row_scale, scale);
         }
     }
 }
@@ -382,57 +384,84 @@ fn add<S: Simd, B: Block>(s: S, sums: S::Sums, w: S::B, a: &[[i8; 32]]) -> S::Su
 
 // Many tokens.
 
+/// Some groups of the first rows of `w`, as [`Panel`] will unpack them.
+#[inline(always)]
+fn next_in<S: Vectors, B: Block>(w: &[u8], row_bytes: usize, groups: std::ops::Range<usize>) -> Next {
+    let at = |g| piece::<B>(g / const { fields::<B>() })[0];
+    Next::new(w, S::ROWS, row_bytes, at(groups.start)..at(groups.end))
+}
+
 /// Groups of a panel: 1024 weights of each row.
 const CHUNK: usize = 32;
 
 /// Up to [`CHUNK`] groups of `S::ROWS` rows, a weight to a byte: eight vectors a group, four weights of each row in each;
 /// with 16 rows, the two vectors of a step side by side.
 #[repr(C, align(64))]
-struct Panel<S: Simd> {
+struct Panel<S> {
     q: [[u8; 32]; 16 * CHUNK],
     /// Running sums of every token.
     acc: Vec<[i32; 16]>,
+    /// What to take off them.
+    bias: Vec<i32>,
     isa: std::marker::PhantomData<S>,
 }
 
-impl<S: Simd> Panel<S> {
+impl<S: Vectors> Panel<S> {
     /// Vectors of eight rows in a panel of `S::ROWS`.
     const GROUPS: usize = S::ROWS / 8;
 
     #[inline(always)]
     fn new() -> Panel<S> {
-        Panel { q: [[0; 32]; 16 * CHUNK], acc: Vec::new(), isa: std::marker::PhantomData }
+        Panel { q: [[0; 32]; 16 * CHUNK], acc: Vec::new(), bias: Vec::new(), isa: std::marker::PhantomData }
     }
 
     /// All rows times all tokens.
     #[inline(always)]
     fn matmul<B: Block>(&mut self, s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
         let n_tokens = tokens.x.tokens;
+        self.bias.extend((0..n_tokens).map(|t| bias::<S, B>(tokens.x, t)));
         for (r, bytes) in w.bytes.chunks(S::ROWS * row_bytes).enumerate() {
             let rows = r * S::ROWS..r * S::ROWS + bytes.len() / row_bytes;
+            let following = &w.bytes[rows.end * row_bytes..];
             self.acc.clear();
             self.acc.resize(n_tokens, [0; 16]);
             for from in (0..tokens.groups).step_by(CHUNK) {
                 let n = CHUNK.min(tokens.groups - from);
+                let mut next = match from + n {
+                    end if end < tokens.groups => {
+                        next_in::<S, B>(bytes, row_bytes, end..tokens.groups.min(end + CHUNK))
+                    }
+                    _ => next_in::<S, B>(following, row_bytes, 0..tokens.groups.min(CHUNK)),
+                };
                 for (half, bytes) in bytes.chunks(8 * row_bytes).enumerate() {
                     self.spread::<B>(s.eight(), half, bytes, row_bytes, tokens.whole, from..from + n);
                 }
                 let mut t = 0;
                 while S::TOKENS == 8 && t + 8 <= n_tokens {
+                    next.ask(t + 8, n_tokens);
                     self.multiply::<B, 8>(s, tokens, t, from, n);
                     t += 8;
                 }
                 while t + 4 <= n_tokens {
+                    next.ask(t + 4, n_tokens);
                     self.multiply::<B, 4>(s, tokens, t, from, n);
                     t += 4;
                 }
                 while t < n_tokens {
+                    next.ask(t + 1, n_tokens);
                     self.multiply::<B, 1>(s, tokens, t, from, n);
                     t += 1;
                 }
             }
+            let mut row_scale = [0.0; 16];
+            row_scale[..rows.len()].copy_from_slice(&w.scale[rows.clone()]);
             for (t, acc) in self.acc.iter().enumerate() {
-                wide::write(&acc.map(unfinished), &mut out.row(t)[rows.clone()]);
+                let (bias, scale) = (self.bias[t], tokens.x.scale[t]);
+                let mut lanes = [0.0; 16];
+                for (lane, (isum, row_scale)) in lanes.iter_mut().zip(acc.iter().zip(row_scale)) {
+                    *lane = finish::<B>(*isum, bias, row_scale, scale);
+                }
+                wide::write(&lanes, &mut out.row(t)[rows.clone()]);
             }
         }
     }
@@ -496,14 +525,7 @@ impl<S: Simd> Panel<S> {
             unrolled!(i < T, {
                 group[i] = &a[i][k];
             });
-            if S::ANEW {
-                let isum = s.panel_dot32([s.splat(0); T], w, group, range);
-                unrolled!(i < T, {
-                    acc[i] = s.add(acc[i], isum[i]);
-                });
-            } else {
-                acc = s.panel_dot32(acc, w, group, range);
-            }
+            acc = s.panel_dot32(acc, w, group, range);
         }
         unrolled!(i < T, {
             s.store_i32(acc[i], &mut self.acc[t + i]);

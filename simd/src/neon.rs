@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 use crate::Isa;
 use crate::format::Block;
 use crate::vec::LANES;
-use crate::wide::{AHEAD, Eight, Product, Range, Simd, halves, proven, unrolled};
+use crate::wide::{AHEAD, Eight, Product, Range, Simd, Vectors, halves, proven, unrolled};
 
 /// Bytes: rows 0..4 and 4..8, or the two halves of 32 bytes of one row.
 pub(crate) type Bytes = [uint8x16_t; 2];
@@ -38,7 +38,7 @@ pub(crate) trait Dot: Copy {
     fn row(w: uint8x16_t, a: int8x16_t, range: Range) -> int32x4_t;
     /// The same of 32.
     fn row32(w: Bytes, a: [int8x16_t; 2], range: Range) -> int32x4_t;
-    /// [`Simd::panel`].
+    /// [`Vectors::panel`].
     #[inline(always)]
     fn panel(w: [Bytes; 8]) -> [Bytes; 8] {
         w
@@ -87,30 +87,18 @@ fn zip<A: Copy, B: Copy, C>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> C) -> [C; 
     [f(a[0], b[0]), f(a[1], b[1])]
 }
 
-impl<D: Dot> Simd for Neon<D> {
+impl<D: Dot> Vectors for Neon<D> {
     type B = Bytes;
     type I = Ints;
     type F = [float32x4_t; 2];
-    type Sums = D::Sums;
     type Eight = Self;
 
-    const ISA: Isa = D::ISA;
     const ROWS: usize = 8;
-    const TURN: usize = 4;
-    const NARROW: bool = D::NARROW;
     const SIGNED_BIAS: i32 = 0;
 
     #[inline(always)]
-    fn new() -> Option<Self> {
-        D::new().filter(|_| Isa::Neon.supported()).map(|_| Neon(PhantomData))
-    }
-    #[inline(always)]
     fn eight(self) -> Self {
         self
-    }
-    #[inline(always)]
-    fn enter<B: Block>(self, product: Product<B>) {
-        D::enter(self, product);
     }
 
     #[inline(always)]
@@ -120,26 +108,6 @@ impl<D: Dot> Simd for Neon<D> {
     #[inline(always)]
     fn splat_u8(self, value: u8) -> Bytes {
         proven!([vdupq_n_u8(value); 2])
-    }
-    #[inline(always)]
-    fn field(self, b: Bytes, shift: usize, mask: u8) -> Bytes {
-        both(b, |b| {
-            let b = if shift == 0 { b } else { proven!(vshlq_u8(b, vdupq_n_s8(-(shift as i8)))) };
-            // The shift alone leaves no other bits.
-            if mask == 255 >> shift { b } else { proven!(vandq_u8(b, vdupq_n_u8(mask))) }
-        })
-    }
-    #[inline(always)]
-    fn shl(self, b: Bytes, n: usize) -> Bytes {
-        both(b, |b| proven!(vshlq_u8(b, vdupq_n_s8(n as i8))))
-    }
-    #[inline(always)]
-    fn or(self, a: Bytes, b: Bytes) -> Bytes {
-        zip(a, b, |a, b| proven!(vorrq_u8(a, b)))
-    }
-    #[inline(always)]
-    fn look_up(self, table: &[i8; 16], indices: Bytes) -> Bytes {
-        both(indices, |i| proven!(vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(table.as_ptr())), i)))
     }
 
     #[inline(always)]
@@ -162,42 +130,8 @@ impl<D: Dot> Simd for Neon<D> {
         zip(a, b, |a, b| proven!(vaddq_s32(a, b)))
     }
     #[inline(always)]
-    fn sub(self, a: Ints, b: Ints) -> Ints {
-        zip(a, b, |a, b| proven!(vsubq_s32(a, b)))
-    }
-    #[inline(always)]
     fn mul(self, a: Ints, b: Ints) -> Ints {
         zip(a, b, |a, b| proven!(vmulq_s32(a, b)))
-    }
-    #[inline(always)]
-    fn or_i32(self, a: Ints, b: Ints) -> Ints {
-        zip(a, b, |a, b| proven!(vorrq_s32(a, b)))
-    }
-    #[inline(always)]
-    fn field_i32(self, v: Ints, shift: usize, mask: u32) -> Ints {
-        both(v, |v| {
-            proven!({
-                let v = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-(shift as i32)));
-                vreinterpretq_s32_u32(vandq_u32(v, vdupq_n_u32(mask)))
-            })
-        })
-    }
-    #[inline(always)]
-    fn shl_i32(self, v: Ints, n: usize) -> Ints {
-        both(v, |v| proven!(vshlq_s32(v, vdupq_n_s32(n as i32))))
-    }
-    #[inline(always)]
-    fn words(self, b: Bytes) -> Ints {
-        both(b, |b| proven!(vreinterpretq_s32_u8(b)))
-    }
-    #[inline(always)]
-    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Ints; 2] {
-        proven!({
-            let pairs = vreinterpretq_s8_u8(vld1q_u8(groups[0].as_ptr()));
-            let (even, odd) =
-                (vmovl_s8(vget_low_s8(vuzp1q_s8(pairs, pairs))), vmovl_s8(vget_low_s8(vuzp2q_s8(pairs, pairs))));
-            [widen(even), widen(odd)]
-        })
     }
 
     #[inline(always)]
@@ -220,10 +154,6 @@ impl<D: Dot> Simd for Neon<D> {
         });
     }
     #[inline(always)]
-    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F {
-        proven!(from_halves(vld1q_u8(groups[0].as_ptr())))
-    }
-    #[inline(always)]
     fn to_f32(self, v: Ints) -> Self::F {
         both(v, |v| proven!(vcvtq_f32_s32(v)))
     }
@@ -238,37 +168,6 @@ impl<D: Dot> Simd for Neon<D> {
     #[inline(always)]
     fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         proven!([vfmsq_f32(c[0], a[0], b[0]), vfmsq_f32(c[1], a[1], b[1])])
-    }
-
-    #[inline(always)]
-    fn now(self, v: Self::F) -> Self::F {
-        let [mut low, mut high] = v;
-        if cfg!(not(miri)) {
-            // SAFETY: no instruction at all.
-            unsafe {
-                asm!("/* {0:v} {1:v} */", inlateout(vreg) low, inlateout(vreg) high, options(nomem, nostack, preserves_flags))
-            };
-        }
-        [low, high]
-    }
-
-    #[inline(always)]
-    fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
-        for line in lines {
-            prefetch_line(at.wrapping_add(Self::ahead(streams) - AHEAD), line);
-        }
-    }
-
-    #[inline(always)]
-    fn first(self, v: Self::F) -> Self::F {
-        let mut v = v;
-        if cfg!(not(miri)) {
-            // SAFETY: no instruction at all.
-            unsafe {
-                asm!("/* {0:v} {1:v} */", inlateout(vreg) v[0], inlateout(vreg) v[1], options(nostack, preserves_flags));
-            }
-        }
-        v
     }
 
     #[inline(always)]
@@ -313,6 +212,123 @@ impl<D: Dot> Simd for Neon<D> {
         scale: Ints,
     ) -> [Ints; T] {
         scaled(acc, D::panel_dot([self.splat(0); T], w, a, range), scale)
+    }
+    #[inline(always)]
+    fn weighted(self, scales: [Ints; 2], sums: &[i16; 2]) -> Ints {
+        let sums = [sums[0] as i32, sums[1] as i32];
+        zip(scales[0], scales[1], |a, b| proven!(vmlaq_n_s32(vmulq_n_s32(a, sums[0]), b, sums[1])))
+    }
+}
+
+impl<D: Dot> Simd for Neon<D> {
+    type Sums = D::Sums;
+    type Many = Self;
+
+    const ISA: Isa = D::ISA;
+    const TURN: usize = 4;
+    const NARROW: bool = D::NARROW;
+
+    #[inline(always)]
+    fn new() -> Option<Self> {
+        D::new().filter(|_| Isa::Neon.supported()).map(|_| Neon(PhantomData))
+    }
+    #[inline(always)]
+    fn many(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn enter<B: Block>(self, product: Product<B>) {
+        D::enter(self, product);
+    }
+
+    #[inline(always)]
+    fn field(self, b: Bytes, shift: usize, mask: u8) -> Bytes {
+        both(b, |b| {
+            let b = if shift == 0 { b } else { proven!(vshlq_u8(b, vdupq_n_s8(-(shift as i8)))) };
+            // The shift alone leaves no other bits.
+            if mask == 255 >> shift { b } else { proven!(vandq_u8(b, vdupq_n_u8(mask))) }
+        })
+    }
+    #[inline(always)]
+    fn shl(self, b: Bytes, n: usize) -> Bytes {
+        both(b, |b| proven!(vshlq_u8(b, vdupq_n_s8(n as i8))))
+    }
+    #[inline(always)]
+    fn or(self, a: Bytes, b: Bytes) -> Bytes {
+        zip(a, b, |a, b| proven!(vorrq_u8(a, b)))
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[i8; 16], indices: Bytes) -> Bytes {
+        both(indices, |i| proven!(vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(table.as_ptr())), i)))
+    }
+    #[inline(always)]
+    fn sub(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vsubq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: Ints, b: Ints) -> Ints {
+        zip(a, b, |a, b| proven!(vorrq_s32(a, b)))
+    }
+    #[inline(always)]
+    fn field_i32(self, v: Ints, shift: usize, mask: u32) -> Ints {
+        both(v, |v| {
+            proven!({
+                let v = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-(shift as i32)));
+                vreinterpretq_s32_u32(vandq_u32(v, vdupq_n_u32(mask)))
+            })
+        })
+    }
+    #[inline(always)]
+    fn shl_i32(self, v: Ints, n: usize) -> Ints {
+        both(v, |v| proven!(vshlq_s32(v, vdupq_n_s32(n as i32))))
+    }
+    #[inline(always)]
+    fn words(self, b: Bytes) -> Ints {
+        both(b, |b| proven!(vreinterpretq_s32_u8(b)))
+    }
+    #[inline(always)]
+    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Ints; 2] {
+        proven!({
+            let pairs = vreinterpretq_s8_u8(vld1q_u8(groups[0].as_ptr()));
+            let (even, odd) =
+                (vmovl_s8(vget_low_s8(vuzp1q_s8(pairs, pairs))), vmovl_s8(vget_low_s8(vuzp2q_s8(pairs, pairs))));
+            [widen(even), widen(odd)]
+        })
+    }
+    #[inline(always)]
+    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F {
+        proven!(from_halves(vld1q_u8(groups[0].as_ptr())))
+    }
+
+    #[inline(always)]
+    fn now(self, v: Self::F) -> Self::F {
+        let [mut low, mut high] = v;
+        if cfg!(not(miri)) {
+            // SAFETY: no instruction at all.
+            unsafe {
+                asm!("/* {0:v} {1:v} */", inlateout(vreg) low, inlateout(vreg) high, options(nomem, nostack, preserves_flags))
+            };
+        }
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
+        for line in lines {
+            prefetch_line(at.wrapping_add(Self::ahead(streams) - AHEAD), line);
+        }
+    }
+
+    #[inline(always)]
+    fn first(self, v: Self::F) -> Self::F {
+        let mut v = v;
+        if cfg!(not(miri)) {
+            // SAFETY: no instruction at all.
+            unsafe {
+                asm!("/* {0:v} {1:v} */", inlateout(vreg) v[0], inlateout(vreg) v[1], options(nostack, preserves_flags));
+            }
+        }
+        v
     }
 
     #[inline(always)]
@@ -362,11 +378,6 @@ impl<D: Dot> Simd for Neon<D> {
             let sums = vreinterpret_s16_s32(vdup_n_s32((sums[0] as u16 as u32 | (sums[1] as u16 as u32) << 16) as i32));
             [vmlal_lane_s16::<1>(vmull_lane_s16::<0>(factor, sums), factor, sums); 2]
         })
-    }
-    #[inline(always)]
-    fn weighted(self, scales: [Ints; 2], sums: &[i16; 2]) -> Ints {
-        let sums = [sums[0] as i32, sums[1] as i32];
-        zip(scales[0], scales[1], |a, b| proven!(vmlaq_n_s32(vmulq_n_s32(a, sums[0]), b, sums[1])))
     }
 }
 

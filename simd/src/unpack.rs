@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 
 use crate::Format;
 use crate::format::{self, Block};
-use crate::wide::{Eight, Simd, prefetch};
+use crate::wide::{Eight, Simd, Vectors, prefetch};
 
 /// Formats with integer scales within a block.
 pub(crate) const fn sub_scales(format: Format) -> bool {
@@ -45,7 +45,7 @@ pub(crate) const fn plain_nibbles(format: Format) -> Option<usize> {
 
 /// Scales and minima of a group, a row to a lane; see [`format::Group`].
 #[derive(Clone, Copy)]
-pub(crate) struct Lanes<S: Simd> {
+pub(crate) struct Lanes<S: Vectors> {
     pub d: S::F,
     pub dmin: S::F,
     pub s: [S::I; 2],

@@ -72,105 +72,49 @@ pub(crate) enum Range {
     Full,
 }
 
-/// An ISA's vectors, [`Simd::ROWS`] rows in lanes. A value proves that this CPU has the ISA, so the methods are safe.
+/// Vectors with [`Vectors::ROWS`] rows in their lanes: dot products, sums and scales, all that the loops over many tokens take.
 ///
 /// Every method is inlined into a function compiled for the ISA ([`Simd::enter`] is the way in).
-pub(crate) trait Simd: Copy {
+pub(crate) trait Vectors: Copy {
     /// Four bytes of each row.
     type B: Copy;
     /// An i32 for each row.
     type I: Copy;
     /// An f32 for each row.
     type F: Copy;
-    /// Sums of products of one row with one token, wherever they stand.
-    type Sums: Copy;
     /// The same ISA with eight rows in lanes; itself, unless `ROWS` is 16.
     type Eight: Eight;
 
-    const ISA: Isa;
     /// 8, or 16. With 16, rows come as two groups of eight; with 8, the second group of each pair below is ignored.
     const ROWS: usize;
-    /// Blocks of one group multiplied in a turn of the loop: one, where the compiler makes enough of that.
-    const TURN: usize = 1;
     /// How many tokens a panel is multiplied by at a time: 4, or 8 where there are registers for so many sums.
     const TOKENS: usize = 4;
-    /// Whether [`Simd::Sums`] have room for four times 32 bytes of weights only, and must then be [`Simd::widen`]ed.
-    const NARROW: bool = false;
-    /// Whether integer sums of so many tokens had better start anew with each group, lest every dot product wait for the
-    /// one before it.
-    const ANEW: bool = false;
-    /// What [`Simd::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
+    /// What [`Vectors::dot16`] adds to every signed weight: the sum of activations times this must be taken off.
     const SIGNED_BIAS: i32;
 
-    /// The proof. `None` if this CPU lacks the ISA.
-    fn new() -> Option<Self>;
     fn eight(self) -> Self::Eight;
-    /// The product, compiled for this ISA. What is inlined there must call the methods below in loops: a closure given to `map`
-    /// stays code of its own, without the ISA's instructions.
-    fn enter<B: Block>(self, product: Product<B>);
 
     fn load(self, groups: [&[u8; 32]; 2]) -> Self::B;
     fn splat_u8(self, value: u8) -> Self::B;
-    /// `(b >> shift) & mask` in every byte.
-    fn field(self, b: Self::B, shift: usize, mask: u8) -> Self::B;
-    /// `b << n` in every byte; no bit may leave its byte.
-    fn shl(self, b: Self::B, n: usize) -> Self::B;
-    fn or(self, a: Self::B, b: Self::B) -> Self::B;
-    /// `table[i]` for every byte i, all below 16.
-    fn look_up(self, table: &[i8; 16], indices: Self::B) -> Self::B;
 
     fn splat(self, value: i32) -> Self::I;
     fn load_i32(self, from: &[i32; 16]) -> Self::I;
     fn store_i32(self, v: Self::I, to: &mut [i32; 16]);
     fn add(self, a: Self::I, b: Self::I) -> Self::I;
-    fn sub(self, a: Self::I, b: Self::I) -> Self::I;
     fn mul(self, a: Self::I, b: Self::I) -> Self::I;
-    fn or_i32(self, a: Self::I, b: Self::I) -> Self::I;
-    /// `(v >> shift) & mask` in every lane, unsigned.
-    fn field_i32(self, v: Self::I, shift: usize, mask: u32) -> Self::I;
-    /// `v << n` in every lane.
-    fn shl_i32(self, v: Self::I, n: usize) -> Self::I;
-    /// The bytes of each row as an i32, little-endian.
-    fn words(self, b: Self::B) -> Self::I;
-    /// Two signed bytes of each row, apart.
-    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Self::I; 2];
+    /// scales[0]·sums[0] + scales[1]·sums[1]; the scales fit in 16 bits.
+    fn weighted(self, scales: [Self::I; 2], sums: &[i16; 2]) -> Self::I;
 
     fn zero(self) -> Self::F;
     fn splat_f32(self, value: f32) -> Self::F;
     fn load_f32(self, from: &[f32; 16]) -> Self::F;
     fn store_f32(self, v: Self::F, to: &mut [f32; 16]);
-    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F;
     fn to_f32(self, v: Self::I) -> Self::F;
     fn mul_f32(self, a: Self::F, b: Self::F) -> Self::F;
     /// `fma(a, b, c)`.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `fma(a, −b, c)`.
     fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-
-    /// `v`, computed before what follows: for compilers that put off a sum until they run out of registers.
-    #[inline(always)]
-    fn now(self, v: Self::F) -> Self::F {
-        v
-    }
-
-    /// `v`, computed before anything else is read: for compilers that otherwise read more ahead than there are registers.
-    #[inline(always)]
-    fn first(self, v: Self::F) -> Self::F {
-        v
-    }
-
-    /// How far ahead of each of so many streams its bytes are asked for: of few streams further, so that as much is on its way.
-    #[inline(always)]
-    fn ahead(streams: usize) -> usize {
-        AHEAD * (4 / streams).max(1)
-    }
-    /// Asks for some lines of one of so many streams, see [`prefetch`], counted from [`Simd::ahead`] of `at`.
-    #[inline(always)]
-    fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
-        for line in lines {
-            prefetch(at.wrapping_add(Self::ahead(streams) + 64 * line));
-        }
-    }
 
     /// `acc` plus the products of 16 weights of each row, four in each of `w`, with 16 activations.
     fn dot16(self, acc: Self::I, w: [Self::B; 4], a: &[i8; 16], range: Range) -> Self::I;
@@ -200,7 +144,7 @@ pub(crate) trait Simd: Copy {
     fn panel(self, w: [Self::B; 8]) -> [Self::B; 8] {
         w
     }
-    /// [`Simd::dot32`] for several tokens, of weights in the order of [`Simd::panel`].
+    /// [`Vectors::dot32`] for several tokens, of weights in the order of [`Vectors::panel`].
     #[inline(always)]
     fn panel_dot32<const T: usize>(
         self,
@@ -215,7 +159,7 @@ pub(crate) trait Simd: Copy {
         });
         acc
     }
-    /// [`Simd::dot16_scaled`] likewise, of half of such weights.
+    /// [`Vectors::dot16_scaled`] likewise, of half of such weights.
     #[inline(always)]
     fn panel_dot16_scaled<const T: usize>(
         self,
@@ -232,7 +176,7 @@ pub(crate) trait Simd: Copy {
         acc
     }
 
-    /// [`Simd::dot32_scaled`] likewise.
+    /// [`Vectors::dot32_scaled`] likewise.
     #[inline(always)]
     fn panel_dot32_scaled<const T: usize>(
         self,
@@ -247,6 +191,74 @@ pub(crate) trait Simd: Copy {
             acc[t] = self.dot32_scaled(acc[t], w, a[t], range, scale);
         });
         acc
+    }
+}
+
+/// An ISA's vectors, and what unpacking weights and multiplying by few tokens take. A value proves that this CPU has the ISA, so
+/// the methods are safe.
+pub(crate) trait Simd: Vectors {
+    /// Sums of products of one row with one token, wherever they stand.
+    type Sums: Copy;
+    /// What many tokens are multiplied by: itself, or more rows at once.
+    type Many: Vectors<Eight = Self::Eight>;
+
+    const ISA: Isa;
+    /// Blocks of one group multiplied in a turn of the loop: one, where the compiler makes enough of that.
+    const TURN: usize = 1;
+    /// Whether [`Simd::Sums`] have room for four times 32 bytes of weights only, and must then be [`Simd::widen`]ed.
+    const NARROW: bool = false;
+
+    /// The proof. `None` if this CPU lacks the ISA.
+    fn new() -> Option<Self>;
+    fn many(self) -> Self::Many;
+    /// The product, compiled for this ISA. What is inlined there must call the methods below in loops: a closure given to `map`
+    /// stays code of its own, without the ISA's instructions.
+    fn enter<B: Block>(self, product: Product<B>);
+
+    /// `(b >> shift) & mask` in every byte.
+    fn field(self, b: Self::B, shift: usize, mask: u8) -> Self::B;
+    /// `b << n` in every byte; no bit may leave its byte.
+    fn shl(self, b: Self::B, n: usize) -> Self::B;
+    fn or(self, a: Self::B, b: Self::B) -> Self::B;
+    /// `table[i]` for every byte i, all below 16.
+    fn look_up(self, table: &[i8; 16], indices: Self::B) -> Self::B;
+
+    fn sub(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `(v >> shift) & mask` in every lane, unsigned.
+    fn field_i32(self, v: Self::I, shift: usize, mask: u32) -> Self::I;
+    /// `v << n` in every lane.
+    fn shl_i32(self, v: Self::I, n: usize) -> Self::I;
+    /// The bytes of each row as an i32, little-endian.
+    fn words(self, b: Self::B) -> Self::I;
+    /// Two signed bytes of each row, apart.
+    fn two_bytes(self, groups: [&[u8; 16]; 2]) -> [Self::I; 2];
+
+    fn halves(self, groups: [&[u8; 16]; 2]) -> Self::F;
+
+    /// `v`, computed before what follows: for compilers that put off a sum until they run out of registers.
+    #[inline(always)]
+    fn now(self, v: Self::F) -> Self::F {
+        v
+    }
+
+    /// `v`, computed before anything else is read: for compilers that otherwise read more ahead than there are registers.
+    #[inline(always)]
+    fn first(self, v: Self::F) -> Self::F {
+        v
+    }
+
+    /// How far ahead of each of so many streams its bytes are asked for: of few streams further, so that as much is on its way.
+    #[inline(always)]
+    fn ahead(streams: usize) -> usize {
+        AHEAD * (4 / streams).max(1)
+    }
+    /// Asks for some lines of one of so many streams, see [`prefetch`], counted from [`Simd::ahead`] of `at`.
+    #[inline(always)]
+    fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
+        for line in lines {
+            prefetch(at.wrapping_add(Self::ahead(streams) + 64 * line));
+        }
     }
 
     fn load_i8(self, groups: [&[i8; 32]; 2]) -> Self::B;
@@ -267,8 +279,6 @@ pub(crate) trait Simd: Copy {
 
     /// −bias·(sums[0] + sums[1]) in every lane: what a dot product of 32 biased weights starts from.
     fn start(self, sums: &[i16; 2], bias: i32) -> Self::I;
-    /// scales[0]·sums[0] + scales[1]·sums[1]; the scales fit in 16 bits.
-    fn weighted(self, scales: [Self::I; 2], sums: &[i16; 2]) -> Self::I;
 }
 
 /// Eight rows in lanes, and what reading rows in GGUF order takes: vectors of 32 weights of one row.
@@ -359,7 +369,7 @@ impl<B: Block> Product<'_, '_, '_, '_, B> {
                 few::<S::Eight, B>(s.eight(), w.bytes, row_bytes, x, out);
             }
             Layout::Interleaved if few_tokens => interleaved::<S, B>(s, w.bytes, row_bytes, x, out),
-            _ => Panel::<S>::new().matmul::<B>(s, layout, w.bytes, row_bytes, x, out),
+            _ => Panel::<S::Many>::new().matmul::<B>(s.many(), layout, w.bytes, row_bytes, x, out),
         }
     }
 }
@@ -402,14 +412,14 @@ impl<'a> Token<'a> {
 
 /// What the integers of a format are, and what is added to them to make them so.
 #[inline(always)]
-fn range<S: Simd, B: Block>() -> (Range, i32) {
+fn range<S: Vectors, B: Block>() -> (Range, i32) {
     if B::SPAN > 127 { (Range::Signed, S::SIGNED_BIAS) } else { (Range::Unsigned(B::SPAN), B::BIAS) }
 }
 
 /// The last lines of the canonical order: from the raw sums of a group to the accumulator. `sums` are those of both
 /// halves together where the format has one scale for both (`isum[1]` is ignored), and start from [`start`].
 #[inline(always)]
-fn step<S: Simd, B: Block>(s: S, isum: S::I, lanes: &Lanes<S>, da: f32, sums: &[i16; 2], acc: S::F) -> S::F {
+fn step<S: Vectors, B: Block>(s: S, isum: S::I, lanes: &Lanes<S>, da: f32, sums: &[i16; 2], acc: S::F) -> S::F {
     let da = s.splat_f32(da);
     let acc = s.fma(s.to_f32(isum), s.mul_f32(lanes.d, da), acc);
     if !B::MINIMA {
@@ -419,16 +429,24 @@ fn step<S: Simd, B: Block>(s: S, isum: S::I, lanes: &Lanes<S>, da: f32, sums: &[
     s.fnma(s.to_f32(msum), s.mul_f32(lanes.dmin, da), acc)
 }
 
+/// Whether what biased weights bring too much depends on the activations alone.
+#[inline(always)]
+fn plain_bias<S: Vectors, B: Block>() -> bool {
+    range::<S, B>().1 != 0 && !const { unpack::sub_scales(B::FORMAT) }
+}
+
 /// What the integer sum of a group starts from: what biased weights bring too much, negative.
 #[inline(always)]
 fn start<S: Simd, B: Block>(s: S, lanes: &Lanes<S>, sums: &[i16; 2]) -> S::I {
-    let bias = range::<S, B>().1;
-    if bias == 0 {
-        s.splat(0)
-    } else if const { unpack::sub_scales(B::FORMAT) } {
-        s.mul(s.weighted(lanes.s, sums), s.splat(-bias))
-    } else {
-        s.start(sums, bias)
+    if plain_bias::<S, B>() { s.start(sums, range::<S, B>().1) } else { scaled_start::<S, B>(s, lanes, sums) }
+}
+
+/// The same where it is not [`plain_bias`].
+#[inline(always)]
+fn scaled_start<S: Vectors, B: Block>(s: S, lanes: &Lanes<S>, sums: &[i16; 2]) -> S::I {
+    match range::<S, B>().1 {
+        0 => s.splat(0),
+        bias => s.mul(s.weighted(lanes.s, sums), s.splat(-bias)),
     }
 }
 
@@ -447,30 +465,27 @@ fn sum<S: Simd, B: Block>(s: S, w: [S::B; 8], lanes: &Lanes<S>, a: &[i8; 32], su
     s.dot16_scaled(isum, [w[4], w[5], w[6], w[7]], second, range, lanes.s[1])
 }
 
-/// The same of several tokens, with weights in the order of [`Simd::panel`].
+/// The same of several tokens, from what each starts from, with weights in the order of [`Vectors::panel`].
 #[inline(always)]
-fn panel_sum<S: Simd, B: Block, const T: usize>(
+fn panel_sum<S: Vectors, B: Block, const T: usize>(
     s: S,
+    start: [S::I; T],
     w: [S::B; 8],
     lanes: &Lanes<S>,
     a: [&[i8; 32]; T],
-    sums: [&[i16; 2]; T],
 ) -> [S::I; T] {
-    let (range, mut isum) = (range::<S, B>().0, [s.splat(0); T]);
-    unrolled!(t < T, {
-        isum[t] = start::<S, B>(s, lanes, sums[t]);
-    });
+    let range = range::<S, B>().0;
     if !const { unpack::sub_scales(B::FORMAT) } {
-        return s.panel_dot32(isum, w, a, range);
+        return s.panel_dot32(start, w, a, range);
     }
     if !const { unpack::halves_apart(B::FORMAT) } {
-        return s.panel_dot32_scaled(isum, w, a, range, lanes.s[0]);
+        return s.panel_dot32_scaled(start, w, a, range, lanes.s[0]);
     }
     let (mut first, mut second) = ([halves(a[0]).0; T], [halves(a[0]).1; T]);
     unrolled!(t < T, {
         (first[t], second[t]) = halves(a[t]);
     });
-    let isum = s.panel_dot16_scaled(isum, [w[0], w[1], w[2], w[3]], first, range, lanes.s[0]);
+    let isum = s.panel_dot16_scaled(start, [w[0], w[1], w[2], w[3]], first, range, lanes.s[0]);
     s.panel_dot16_scaled(isum, [w[4], w[5], w[6], w[7]], second, range, lanes.s[1])
 }
 
@@ -764,6 +779,55 @@ pub(crate) const AHEAD: usize = 2048;
 /// Groups of a panel: 1024 weights of each row, 8 KB for eight rows, well within the first-level cache.
 const CHUNK: usize = 32;
 
+/// Some groups of the first rows of `w`, as [`Panel`] will unpack them.
+#[inline(always)]
+fn next_in<S: Vectors, B: Block>(layout: Layout, w: &[u8], row_bytes: usize, groups: std::ops::Range<usize>) -> Next {
+    let bytes = |g| g / const { B::FORMAT.block_elems() / 32 } * const { B::FORMAT.block_bytes() };
+    let (from, to) = (bytes(groups.start), bytes(groups.end));
+    match layout {
+        Layout::Gguf => Next::new(w, S::ROWS, row_bytes, from..to),
+        Layout::Interleaved => Next::new(w, S::ROWS / 8, 8 * row_bytes, 8 * from..8 * to),
+    }
+}
+
+/// The bytes of weights to be unpacked next, asked for while all tokens are multiplied by the ones before: unpacking reads
+/// so many streams for so short a time that no prefetcher sees them.
+pub(crate) struct Next {
+    /// What to ask for now, line `line` of the `each` of its piece; after the last, the next piece is `gap` bytes away.
+    at: *const u8,
+    line: usize,
+    each: usize,
+    gap: usize,
+    /// How many have been asked for, of so many.
+    asked: usize,
+    lines: usize,
+}
+
+impl Next {
+    /// Of up to `n` pieces of `w`, as many as there are, each of `stride` bytes, these bytes.
+    #[inline(always)]
+    pub fn new(w: &[u8], n: usize, stride: usize, bytes: std::ops::Range<usize>) -> Next {
+        let each = bytes.len().div_ceil(64);
+        let (at, gap) = (w.as_ptr().wrapping_add(bytes.start), stride.wrapping_sub(64 * each));
+        Next { at, line: 0, each, gap, asked: 0, lines: n.min(w.len() / stride) * each }
+    }
+
+    /// Asks for as much as is due once the first `done` of `tokens` are multiplied.
+    #[inline(always)]
+    pub fn ask(&mut self, done: usize, tokens: usize) {
+        let due = self.lines * done / tokens;
+        while self.asked < due {
+            prefetch(self.at);
+            self.at = self.at.wrapping_add(64);
+            self.line += 1;
+            if self.line == self.each {
+                (self.at, self.line) = (self.at.wrapping_add(self.gap), 0);
+            }
+            self.asked += 1;
+        }
+    }
+}
+
 /// Up to [`CHUNK`] groups of `S::ROWS` rows, unpacked.
 #[repr(align(64))]
 struct Panel<S> {
@@ -775,10 +839,12 @@ struct Panel<S> {
     dmin: [[f32; 16]; CHUNK],
     /// Accumulators of every token, kept from one chunk of a row to the next.
     acc: Vec<[f32; 16]>,
+    /// Of every token what the integer sums of its groups start from, where that is [`plain_bias`].
+    start: Vec<i32>,
     isa: PhantomData<S>,
 }
 
-impl<S: Simd> Panel<S> {
+impl<S: Vectors> Panel<S> {
     #[inline(always)]
     fn new() -> Panel<S> {
         Panel {
@@ -788,20 +854,30 @@ impl<S: Simd> Panel<S> {
             d: [[0.0; 16]; CHUNK],
             dmin: [[0.0; 16]; CHUNK],
             acc: Vec::new(),
+            start: Vec::new(),
             isa: PhantomData,
         }
     }
 
     /// All rows times all tokens.
     #[inline(always)]
-    fn matmul<B: Block>(&mut self, s: S, layout: Layout, w: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
+    fn matmul<B: Block>(&mut self, s: S, layout: Layout, all: &[u8], row_bytes: usize, x: &Acts, out: &mut Tile) {
         let groups = x.cols / 32;
-        for (r, w) in w.chunks(S::ROWS * row_bytes).enumerate() {
+        if plain_bias::<S, B>() {
+            let bias = range::<S, B>().1;
+            self.start.extend(x.sums.as_chunks().0.iter().map(|&[a, b]| -bias * (i32::from(a) + i32::from(b))));
+        }
+        for (r, w) in all.chunks(S::ROWS * row_bytes).enumerate() {
             let n_rows = w.len() / row_bytes;
+            let following = &all[r * S::ROWS * row_bytes + w.len()..];
             self.acc.clear();
             self.acc.resize(x.tokens, [0.0; 16]);
             for from in (0..groups).step_by(CHUNK) {
                 let n = CHUNK.min(groups - from);
+                let mut next = match from + n {
+                    end if end < groups => next_in::<S, B>(layout, w, row_bytes, end..groups.min(end + CHUNK)),
+                    _ => next_in::<S, B>(layout, following, row_bytes, 0..groups.min(CHUNK)),
+                };
                 for (half, w) in w.chunks(8 * row_bytes).enumerate() {
                     match layout {
                         Layout::Gguf => self.unpack::<B>(s.eight(), half, w, row_bytes, from, n),
@@ -810,14 +886,17 @@ impl<S: Simd> Panel<S> {
                 }
                 let mut t = 0;
                 while S::TOKENS == 8 && t + 8 <= x.tokens {
+                    next.ask(t + 8, x.tokens);
                     self.multiply::<B, 8>(s, x, t, from, n);
                     t += 8;
                 }
                 while t + 4 <= x.tokens {
+                    next.ask(t + 4, x.tokens);
                     self.multiply::<B, 4>(s, x, t, from, n);
                     t += 4;
                 }
                 while t < x.tokens {
+                    next.ask(t + 1, x.tokens);
                     self.multiply::<B, 1>(s, x, t, from, n);
                     t += 1;
                 }
@@ -901,10 +980,15 @@ impl<S: Simd> Panel<S> {
     fn multiply<B: Block, const T: usize>(&mut self, s: S, x: &Acts, t: usize, from: usize, n: usize) {
         let mut acc = [s.zero(); T];
         let mut tokens = [Token { a: &[], da: &[], sums: &[] }; T];
+        let mut starts = [&[][..]; T];
         unrolled!(i < T, {
             tokens[i] = Token::of(x, t + i, from, n);
             acc[i] = s.load_f32(&self.acc[t + i]);
+            if plain_bias::<S, B>() {
+                starts[i] = &self.start[(t + i) * (x.cols / 32) + from..][..n];
+            }
         });
+        #[expect(clippy::needless_range_loop, reason = "iterating over the panel takes more instructions on ARM")]
         for k in 0..n {
             let q = &self.q[8 * Self::GROUPS * k..][..8 * Self::GROUPS];
             let mut w = [s.splat_u8(0); 8];
@@ -917,7 +1001,12 @@ impl<S: Simd> Panel<S> {
             unrolled!(i < T, {
                 (a[i], da[i], sums[i]) = tokens[i].group(k);
             });
-            let isum = panel_sum::<S, B, T>(s, w, &lanes, a, sums);
+            let mut start = [s.splat(0); T];
+            unrolled!(i < T, {
+                start[i] =
+                    if plain_bias::<S, B>() { s.splat(starts[i][k]) } else { scaled_start::<S, B>(s, &lanes, sums[i]) };
+            });
+            let isum = panel_sum::<S, B, T>(s, start, w, &lanes, a);
             unrolled!(i < T, {
                 acc[i] = step::<S, B>(s, isum[i], &lanes, da[i], sums[i], acc[i]);
             });
@@ -930,7 +1019,7 @@ impl<S: Simd> Panel<S> {
 
 /// Scales or minima of both halves of a group; one of all of it for both.
 #[inline(always)]
-fn of_halves<S: Simd, B: Block>(s: S, of: &[[i32; 16]; 2]) -> [S::I; 2] {
+fn of_halves<S: Vectors, B: Block>(s: S, of: &[[i32; 16]; 2]) -> [S::I; 2] {
     let first = s.load_i32(&of[0]);
     [first, if const { unpack::halves_apart(B::FORMAT) } { s.load_i32(&of[1]) } else { first }]
 }
