@@ -30,6 +30,11 @@ pub(crate) trait Dot: Copy {
     fn dot32(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range) -> __m256i;
     fn dot16_scaled(acc: __m256i, w: [__m256i; 4], a: &[i8; 16], range: Range, scale: __m256i) -> __m256i;
     fn dot32_scaled(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i;
+    /// [`Simd::ahead`].
+    #[inline(always)]
+    fn ahead(streams: usize) -> usize {
+        wide::far(streams)
+    }
     /// [`Simd::NARROW`].
     const NARROW: bool = false;
     /// [`Simd::crumbs`]: fields 0 and 2 to `sums[0]`, four times fields 1 and 3 to `sums[1]`.
@@ -223,6 +228,10 @@ impl<D: Dot> Simd for Ymm<D> {
         proven!(_mm256_cvtph_ps(_mm_loadu_si128(groups[0].as_ptr().cast())))
     }
 
+    #[inline(always)]
+    fn ahead(streams: usize) -> usize {
+        D::ahead(streams)
+    }
     #[inline(always)]
     fn first(self, v: __m256) -> __m256 {
         proven!(before_the_rest(v))

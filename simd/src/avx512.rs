@@ -13,7 +13,7 @@ use crate::Isa;
 use crate::avx_vnni::Dpbusd;
 use crate::avx2::{Ymm, four, pair};
 use crate::format::Block;
-use crate::wide::{Product, Range, Simd, Vectors, proven};
+use crate::wide::{NEAR, Product, Range, Simd, Vectors, proven};
 
 /// `vpdpbusd` on 256 bits as AVX-512 encodes it.
 #[derive(Clone, Copy)]
@@ -45,9 +45,6 @@ impl Dpbusd for Evex {
 /// Sixteen rows in the lanes of 512-bit vectors. A value proves that the CPU has them.
 #[derive(Clone, Copy)]
 pub(crate) struct Zmm(Ymm<Evex>);
-
-/// How many bytes ahead of what is read more is asked for: these CPUs see streams themselves, this comes on top of it.
-pub(crate) const AHEAD: usize = 256;
 
 /// Two vectors of 256 bits as one.
 #[inline(always)]
@@ -183,7 +180,7 @@ impl Simd for Zmm {
 
     #[inline(always)]
     fn ahead(_: usize) -> usize {
-        AHEAD
+        NEAR
     }
     #[inline(always)]
     fn field(self, b: __m512i, shift: usize, mask: u8) -> __m512i {

@@ -2,7 +2,7 @@
 //!
 //! The one idea: the instruction multiplies unsigned by signed bytes and adds four products to an i32 lane, exactly: no
 //! 16 bits in between, so nothing saturates and every [`Range`] is one loop. Signed weights become unsigned by turning
-//! their top bit, which adds 128 to each ([`Vectors::SIGNED_BIAS`](crate::wide::Vectors::SIGNED_BIAS)); the loops in `wide.rs`
+//! their top bit, which adds 128 to each ([`Vectors::SIGNED_BIAS`]); the loops in `wide.rs`
 //! take 128·Σa off again. All but the dot products is [`Ymm`]'s.
 //!
 //! Where a dot product is one instruction, reading activations into every lane takes longer than multiplying by them. So many
@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 use crate::Isa;
 use crate::avx2::{Dot, Ymm, add_across, every, four, load_i8};
 use crate::format::Block;
-use crate::wide::{self, Product, Range, Vectors, proven};
+use crate::wide::{self, NEAR, Product, Range, Vectors, proven};
 
 /// `vpdpbusd` on 256 bits in one of its two encodings. A value proves that the CPU has it.
 pub(crate) trait Dpbusd: Copy {
@@ -74,6 +74,10 @@ impl<V: Dpbusd> Dot for V {
     #[inline(always)]
     fn new() -> Option<V> {
         V::new()
+    }
+    #[inline(always)]
+    fn ahead(_: usize) -> usize {
+        NEAR
     }
 
     #[inline(always)]

@@ -1023,7 +1023,7 @@ functions!(instance! scalar Scalar Software, #[inline]);
 functions!(instance! avx2 Avx2 crate::avx2::Avx2<AHEAD>, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 functions!(
-    instance! avx512 Avx512 crate::avx2::Avx2<{ crate::avx512::AHEAD }>,
+    instance! avx512 Avx512 crate::avx2::Avx2<{ crate::wide::NEAR }>,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 );
 #[cfg(target_arch = "aarch64")]

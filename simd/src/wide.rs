@@ -2,8 +2,9 @@
 //!
 //! The one idea: rows stand in lanes. Eight rows (sixteen on AVX-512) are worked on at a time and their sums meet in
 //! one vector, so the canonical order of `scalar.rs` (one f32 accumulator for each row, groups in order) costs nothing.
-//! What an ISA must offer is the trait [`Simd`]: loads, integer dot products of four activations with four weights of
-//! every row, and f32 arithmetic. What a format must offer is in `unpack.rs`. Three loops give the same bits:
+//! What an ISA must offer are the traits [`Vectors`], integer dot products of four activations with four weights of every
+//! row and f32 arithmetic, and [`Simd`], what else unpacking takes. What a format must offer is in `unpack.rs`. Three
+//! loops give the same bits:
 //!
 //! *Few tokens, GGUF order* ([`few`]): eight rows are read where they lie; each row's vector of 32 weights meets the same
 //! 32 activations, and eight vectors of partial sums are added across.
@@ -251,7 +252,7 @@ pub(crate) trait Simd: Vectors {
     /// How far ahead of each of so many streams its bytes are asked for: of few streams further, so that as much is on its way.
     #[inline(always)]
     fn ahead(streams: usize) -> usize {
-        AHEAD * (4 / streams).max(1)
+        far(streams)
     }
     /// Asks for some lines of one of so many streams, see [`prefetch`], counted from [`Simd::ahead`] of `at`.
     #[inline(always)]
@@ -773,6 +774,17 @@ const BEGIN: usize = 4;
 
 /// How far ahead of each of four streams its bytes are asked for.
 pub(crate) const AHEAD: usize = 2048;
+
+/// The same of any number of streams on CPUs that see streams themselves, so that this comes on top of it: those with dot
+/// products of bytes.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const NEAR: usize = 256;
+
+/// [`Simd::ahead`] where everything has to be asked for.
+#[inline(always)]
+pub(crate) fn far(streams: usize) -> usize {
+    AHEAD * (4 / streams).max(1)
+}
 
 // Many tokens.
 
