@@ -455,14 +455,14 @@ impl<S: Vectors> Panel<S> {
             }
             let mut row_scale = [0.0; 16];
             row_scale[..rows.len()].copy_from_slice(&w.scale[rows.clone()]);
-            for (t, acc) in self.acc.iter().enumerate() {
+            wide::write_tokens(out, n_tokens, rows, |t| {
                 let (bias, scale) = (self.bias[t], tokens.x.scale[t]);
                 let mut lanes = [0.0; 16];
-                for (lane, (isum, row_scale)) in lanes.iter_mut().zip(acc.iter().zip(row_scale)) {
+                for (lane, (isum, row_scale)) in lanes.iter_mut().zip(self.acc[t].iter().zip(row_scale)) {
                     *lane = finish::<B>(*isum, bias, row_scale, scale);
                 }
-                wide::write(&lanes, &mut out.row(t)[rows.clone()]);
-            }
+                lanes
+            });
         }
     }
 

@@ -567,21 +567,13 @@ fn sum_across<S: Eight, B: Block>(
     s.sub(isum, s.mul(s.weighted(lanes.s, sums), s.splat(bias)))
 }
 
-/// Writes as many lanes as `out` has room for.
+/// Writes as many lanes as `out` has room for; a whole vector of them by a vector.
 #[inline(always)]
 fn store<S: Simd>(s: S, v: S::F, out: &mut [f32]) {
     let mut lanes = [0.0; 16];
     s.store_f32(v, &mut lanes);
-    write(&lanes, out);
-}
-
-/// Copies as many values as `out` has room for; a whole vector of them by a vector.
-#[inline(always)]
-pub(crate) fn write(lanes: &[f32; 16], out: &mut [f32]) {
     if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
         *out = *lanes.first_chunk().expect("16 lanes");
-    } else if let Ok(out) = <&mut [f32; 16]>::try_from(&mut *out) {
-        *out = *lanes;
     } else {
         out.copy_from_slice(&lanes[..out.len()]);
     }
@@ -913,9 +905,8 @@ impl<S: Vectors> Panel<S> {
                     t += 1;
                 }
             }
-            for (t, acc) in self.acc.iter().enumerate() {
-                write(acc, &mut out.row(t)[r * S::ROWS..][..n_rows]);
-            }
+            let rows = r * S::ROWS..r * S::ROWS + n_rows;
+            write_tokens(out, x.tokens, rows, |t| self.acc[t]);
         }
     }
 
@@ -1026,6 +1017,35 @@ impl<S: Vectors> Panel<S> {
         unrolled!(i < T, {
             s.store_f32(acc[i], &mut self.acc[t + i]);
         });
+    }
+}
+
+/// Writes the lanes of each of so many tokens to these rows of it. Whole vectors of them in loops of their own: where the
+/// length is another choice for each token, compilers call `memcpy`.
+#[inline(always)]
+pub(crate) fn write_tokens(
+    out: &mut Tile,
+    tokens: usize,
+    rows: std::ops::Range<usize>,
+    lanes: impl Fn(usize) -> [f32; 16],
+) {
+    match rows.len() {
+        16 => {
+            for t in 0..tokens {
+                *out.row(t)[rows.clone()].first_chunk_mut().expect("16 rows") = lanes(t);
+            }
+        }
+        8 => {
+            for t in 0..tokens {
+                *out.row(t)[rows.clone()].first_chunk_mut::<8>().expect("8 rows") =
+                    *lanes(t).first_chunk().expect("16 lanes");
+            }
+        }
+        n => {
+            for t in 0..tokens {
+                out.row(t)[rows.clone()].copy_from_slice(&lanes(t)[..n]);
+            }
+        }
     }
 }
 
