@@ -22,7 +22,7 @@
 use std::cell::Cell;
 
 use crate::format::Block;
-use crate::wide::{self, Eight, MANY, Next, Range, Simd, Vectors, unrolled};
+use crate::wide::{self, CHUNK, Eight, MANY, Next, Range, Simd, Vectors, unrolled};
 use crate::{Acts, Format, Rows, Tile};
 
 /// The product of all rows of `w` with all tokens of `x`.
@@ -391,9 +391,6 @@ fn next_in<S: Vectors, B: Block>(w: &[u8], row_bytes: usize, groups: std::ops::R
     Next::new(w, S::ROWS, row_bytes, at(groups.start)..at(groups.end))
 }
 
-/// Groups of a panel: 1024 weights of each row.
-const CHUNK: usize = 32;
-
 /// Up to [`CHUNK`] groups of `S::ROWS` rows, a weight to a byte: eight vectors a group, four weights of each row in each;
 /// with 16 rows, the two vectors of a step side by side.
 #[repr(C, align(64))]
@@ -427,12 +424,8 @@ impl<S: Vectors> Panel<S> {
             self.acc.resize(n_tokens, [0; 16]);
             for from in (0..tokens.groups).step_by(CHUNK) {
                 let n = CHUNK.min(tokens.groups - from);
-                let mut next = match from + n {
-                    end if end < tokens.groups => {
-                        next_in::<S, B>(bytes, row_bytes, end..tokens.groups.min(end + CHUNK))
-                    }
-                    _ => next_in::<S, B>(following, row_bytes, 0..tokens.groups.min(CHUNK)),
-                };
+                let (rows, ahead) = wide::after(bytes, following, from + n, tokens.groups);
+                let mut next = next_in::<S, B>(rows, row_bytes, ahead);
                 for (half, bytes) in bytes.chunks(8 * row_bytes).enumerate() {
                     self.spread::<B>(s.eight(), half, bytes, row_bytes, tokens.whole, from..from + n);
                 }

@@ -781,7 +781,18 @@ pub(crate) fn far(streams: usize) -> usize {
 // Many tokens.
 
 /// Groups of a panel: 1024 weights of each row, 8 KB for eight rows, well within the first-level cache.
-const CHUNK: usize = 32;
+pub(crate) const CHUNK: usize = 32;
+
+/// What is unpacked after the groups up to `end` of some rows: more of them, or the first of the rows that follow.
+#[inline(always)]
+pub(crate) fn after<'w>(
+    rows: &'w [u8],
+    following: &'w [u8],
+    end: usize,
+    groups: usize,
+) -> (&'w [u8], std::ops::Range<usize>) {
+    if end < groups { (rows, end..groups.min(end + CHUNK)) } else { (following, 0..groups.min(CHUNK)) }
+}
 
 /// Some groups of the first rows of `w`, as [`Panel`] will unpack them.
 #[inline(always)]
@@ -878,10 +889,8 @@ impl<S: Vectors> Panel<S> {
             self.acc.resize(x.tokens, [0.0; 16]);
             for from in (0..groups).step_by(CHUNK) {
                 let n = CHUNK.min(groups - from);
-                let mut next = match from + n {
-                    end if end < groups => next_in::<S, B>(layout, w, row_bytes, end..groups.min(end + CHUNK)),
-                    _ => next_in::<S, B>(layout, following, row_bytes, 0..groups.min(CHUNK)),
-                };
+                let (rows, ahead) = after(w, following, from + n, groups);
+                let mut next = next_in::<S, B>(layout, rows, row_bytes, ahead);
                 for (half, w) in w.chunks(8 * row_bytes).enumerate() {
                     match layout {
                         Layout::Gguf => self.unpack::<B>(s.eight(), half, w, row_bytes, from, n),
