@@ -15,6 +15,7 @@
 
 use std::ops::Range;
 
+use crate::aligned::Aligned;
 use crate::vec::Ops;
 
 /// Rows that [`ActsBuf::quantize_digits`] makes of one.
@@ -23,7 +24,7 @@ pub const DIGITS: usize = 3;
 /// Storage for quantised activations, reused from matmul to matmul.
 #[derive(Default)]
 pub struct ActsBuf {
-    q: Vec<i8>,
+    q: Aligned,
     scale: Vec<f32>,
     sums: Vec<i16>,
 }
@@ -84,7 +85,7 @@ impl ActsBuf {
         assert!(elems.is_multiple_of(cols), "{elems} activations: expected whole rows of {cols}");
         // Only ever grows: what lies beyond the rows in use is not read.
         if self.q.len() < elems {
-            self.q.resize(elems, 0);
+            self.q.grow(elems);
             self.scale.resize(elems / 32, 0.0);
             self.sums.resize(elems / 16, 0);
         }

@@ -8,13 +8,12 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::marker::PhantomData;
 
 use crate::Isa;
 use crate::format::Block;
 use crate::unpack::EightRows;
 use crate::vec::LANES;
-use crate::wide::{self, Eight, Product, Range, Simd, Vectors, proven};
+use crate::wide::{self, Eight, NEAR, Product, Range, Simd, Vectors, proven};
 
 /// Integer dot products of 256-bit vectors.
 pub(crate) trait Dot: Copy {
@@ -32,8 +31,8 @@ pub(crate) trait Dot: Copy {
     fn dot32_scaled(acc: __m256i, w: [__m256i; 8], a: &[i8; 32], range: Range, scale: __m256i) -> __m256i;
     /// [`Simd::ahead`].
     #[inline(always)]
-    fn ahead(streams: usize) -> usize {
-        wide::far(streams)
+    fn ahead(self, _streams: usize) -> usize {
+        NEAR
     }
     /// [`Simd::NARROW`].
     const NARROW: bool = false;
@@ -50,7 +49,7 @@ pub(crate) trait Dot: Copy {
 
 /// Eight rows in the lanes of 256-bit vectors. A value proves that the CPU has AVX2, FMA and F16C, and what `D` needs.
 #[derive(Clone, Copy)]
-pub(crate) struct Ymm<D>(PhantomData<D>);
+pub(crate) struct Ymm<D>(D);
 
 impl<D: Dot> Vectors for Ymm<D> {
     type B = __m256i;
@@ -163,7 +162,7 @@ impl<D: Dot> Simd for Ymm<D> {
 
     #[inline(always)]
     fn new() -> Option<Self> {
-        D::new().filter(|_| Isa::Avx2.supported()).map(|_| Ymm(PhantomData))
+        D::new().filter(|_| Isa::Avx2.supported()).map(Ymm)
     }
     #[inline(always)]
     fn many(self) -> D::Many {
@@ -229,8 +228,8 @@ impl<D: Dot> Simd for Ymm<D> {
     }
 
     #[inline(always)]
-    fn ahead(streams: usize) -> usize {
-        D::ahead(streams)
+    fn ahead(self, streams: usize) -> usize {
+        self.0.ahead(streams)
     }
     #[inline(always)]
     fn first(self, v: __m256) -> __m256 {
@@ -467,7 +466,10 @@ fn before_the_rest(v: __m256) -> __m256 {
 
 /// Dot products by `maddubs`.
 #[derive(Clone, Copy)]
-pub(crate) struct Maddubs;
+pub(crate) struct Maddubs {
+    /// The CPU has dot products of bytes, though they are not to be used: see [`NEAR`].
+    near: bool,
+}
 
 /// `acc` plus products of unsigned with signed bytes, in 16 bits.
 #[inline(always)]
@@ -557,7 +559,11 @@ impl Dot for Maddubs {
     }
     #[inline(always)]
     fn new() -> Option<Maddubs> {
-        Some(Maddubs)
+        Some(Maddubs { near: Isa::AvxVnni.supported() || Isa::Avx512.supported() })
+    }
+    #[inline(always)]
+    fn ahead(self, streams: usize) -> usize {
+        if self.near { NEAR } else { wide::far(streams) }
     }
 
     #[inline(always)]

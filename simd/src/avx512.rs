@@ -179,7 +179,7 @@ impl Simd for Zmm {
     }
 
     #[inline(always)]
-    fn ahead(_: usize) -> usize {
+    fn ahead(self, _streams: usize) -> usize {
         NEAR
     }
     #[inline(always)]

@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 use crate::Isa;
 use crate::avx2::{Dot, Ymm, add_across, every, four, load_i8};
 use crate::format::Block;
-use crate::wide::{self, NEAR, Product, Range, Vectors, proven};
+use crate::wide::{self, Product, Range, Vectors, proven};
 
 /// `vpdpbusd` on 256 bits in one of its two encodings. A value proves that the CPU has it.
 pub(crate) trait Dpbusd: Copy {
@@ -74,10 +74,6 @@ impl<V: Dpbusd> Dot for V {
     #[inline(always)]
     fn new() -> Option<V> {
         V::new()
-    }
-    #[inline(always)]
-    fn ahead(_: usize) -> usize {
-        NEAR
     }
 
     #[inline(always)]

@@ -11,8 +11,8 @@
 //! of two pieces side by side    0 4 8 .. 252 | 1 5 9 .. 253 | ...
 //! ```
 //!
-//! *Few tokens* ([`few`]): two or four rows far apart at a time, which are separate streams of memory and share their
-//! activations. *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to
+//! *Few tokens* ([`few`]): four rows far apart, which are separate streams of memory; two or four of them at once, which share
+//! their activations. *Many tokens* ([`Panel`]): words of four bytes of eight rows are transposed to stand side by side, a byte to
 //! a weight.
 //!
 //! Formats with the blocks of Q4_0, Q8_0 and TQ2_0 are the same once the blocks' scales are skipped.
@@ -21,6 +21,7 @@
 
 use std::cell::Cell;
 
+use crate::aligned::Aligned;
 use crate::format::Block;
 use crate::wide::{self, CHUNK, Eight, MANY, Next, Range, Simd, Vectors, unrolled};
 use crate::{Acts, Format, Rows, Tile};
@@ -35,11 +36,12 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
         x.q
     } else {
         let len = x.cols.next_multiple_of(piece);
-        ordered.resize(x.tokens * len, 0);
+        ordered.grow(x.tokens * len);
+        let ordered = &mut ordered[..x.tokens * len];
         for (a, to) in x.q.chunks_exact(x.cols).zip(ordered.chunks_exact_mut(len)) {
             by_fields::<B>(a, wide, to.as_chunks_mut().0);
         }
-        &ordered
+        ordered
     };
     let a = a.as_chunks().0;
     let tokens = Tokens { a, groups: a.len() / x.tokens, whole: x.cols / piece, x };
@@ -57,7 +59,7 @@ pub(crate) fn matmul<S: Simd, B: Block>(s: S, w: Rows, row_bytes: usize, x: &Act
 
 thread_local! {
     /// Activations in the order of the fields, kept so that a product allocates nothing.
-    static ORDERED: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
+    static ORDERED: Cell<Aligned> = const { Cell::new(Aligned::new()) };
 }
 
 /// Bits of a weight.
@@ -223,17 +225,15 @@ unsafe fn load<S: Simd, B: Block>(s: S, row: &[u8], i: usize) -> S::B {
 
 // Few tokens.
 
-/// Rows read at once, all in all.
-const ROWS: usize = 4;
+/// Streams of memory that rows are read from, one of each.
+const STREAMS: usize = 4;
 
-/// `N` streams.
+/// `N` rows at once.
 #[inline(always)]
 fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, tokens: &Tokens, out: &mut Tile) {
-    // Of each stream some rows, one after another.
-    let together = const { ROWS / N };
     let n_rows = w.bytes.len() / row_bytes;
-    let each = n_rows / ROWS * together;
-    let mut streams = [&[][..]; N];
+    let each = n_rows / STREAMS;
+    let mut streams = [&[][..]; STREAMS];
     for (i, stream) in streams.iter_mut().enumerate() {
         *stream = &w.bytes[i * each * row_bytes..][..each * row_bytes];
     }
@@ -242,26 +242,30 @@ fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, token
     for t in 0..tokens.x.tokens {
         let (a, rest) = tokens.groups(t).split_at(tokens.whole * const { S::ROWS / 8 * fields::<B>() });
         let out = &mut out.row(t)[..n_rows];
-        for r in (0..each).step_by(together) {
-            let mut rows = [&[][..]; ROWS];
-            unrolled!(i < ROWS, {
-                rows[i] = &streams[i % N][(r + i / N) * row_bytes..][..row_bytes];
+        for r in 0..each {
+            let mut rows = [&[][..]; STREAMS];
+            unrolled!(i < STREAMS, {
+                // SAFETY: a stream has `each` rows.
+                rows[i] = unsafe { streams[i].get_unchecked(r * row_bytes..) };
             });
-            let sums = rows_at_once::<S, B, N>(s, rows, a, rest);
-            unrolled!(i < ROWS, {
-                out[i % N * each + r + i / N] = unfinished(sums[i]);
+            let sums = row_of_each::<S, B, N>(s, rows, a);
+            unrolled!(i < STREAMS, {
+                out[i * each + r] = sums[i];
             });
         }
         // What is left over, and rows that are not there.
-        let over = n_rows % ROWS;
+        let over = n_rows % STREAMS;
         if over > 0 {
-            let mut rows = [&[][..]; ROWS];
+            let mut rows = [&[][..]; STREAMS];
             for (i, row) in rows.iter_mut().enumerate() {
-                *row = &w.bytes[(n_rows - over + i).min(n_rows - 1) * row_bytes..][..row_bytes];
+                *row = &w.bytes[(n_rows - over + i).min(n_rows - 1) * row_bytes..];
             }
-            let sums = rows_at_once::<S, B, N>(s, rows, a, rest);
-            for (out, sum) in out[n_rows - over..].iter_mut().zip(sums) {
-                *out = unfinished(sum);
+            out[n_rows - over..].copy_from_slice(&row_of_each::<S, B, N>(s, rows, a)[..over]);
+        }
+        if !rest.is_empty() {
+            for (out, row) in out.iter_mut().zip(w.bytes.chunks_exact(row_bytes)) {
+                let sum = last::<S, B>(row, a.len() / const { S::ROWS / 8 * fields::<B>() }, rest);
+                *out = unfinished(sum.wrapping_add(out.to_bits() as i32));
             }
         }
         let (bias, scale) = (bias::<S, B>(tokens.x, t), tokens.x.scale[t]);
@@ -271,31 +275,21 @@ fn few<S: Simd, B: Block, const N: usize>(s: S, w: Rows, row_bytes: usize, token
     }
 }
 
-/// The integer sums of some rows with the activations of a token: of their whole pieces, and of the rest.
+/// The integer sums of the whole pieces of rows, which begin there, with the activations of a token, unfinished; `N` rows at once.
 #[inline(always)]
-fn rows_at_once<S: Simd, B: Block, const N: usize>(
-    s: S,
-    rows: [&[u8]; ROWS],
-    a: &[[i8; 32]],
-    rest: &[[i8; 32]],
-) -> [i32; ROWS] {
-    let mut total = [s.splat(0); ROWS];
-    unrolled!(g < const { ROWS / N }, {
+fn row_of_each<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; STREAMS], a: &[[i8; 32]]) -> [f32; STREAMS] {
+    let mut total = [s.splat(0); STREAMS];
+    unrolled!(g < const { STREAMS / N }, {
         let mut some = [&[][..]; N];
-        some.copy_from_slice(&rows[g * N..][..N]);
+        unrolled!(i < N, {
+            some[i] = rows[g * N + i];
+        });
         let sums = sums::<S, B, N>(s, some, a);
-        unrolled!(r < N, {
-            total[g * N + r] = sums[r];
+        unrolled!(i < N, {
+            total[g * N + i] = sums[i];
         });
     });
-    let mut sums = s.across_lanes(total);
-    if !rest.is_empty() {
-        let whole = a.len() / const { S::ROWS / 8 * fields::<B>() };
-        for (sum, row) in sums.iter_mut().zip(rows) {
-            *sum = sum.wrapping_add(last::<S, B>(row, whole, rest));
-        }
-    }
-    sums
+    s.across_lanes(total).map(unfinished)
 }
 
 /// The sum of what follows the `whole` pieces of a row, with its activations.
@@ -345,7 +339,7 @@ fn sums<S: Simd, B: Block, const N: usize>(s: S, rows: [&[u8]; N], a: &[[i8; 32]
     let mut ahead = rows;
     for a in turns {
         unrolled!(r < N, {
-            s.prefetch_lines(ahead[r].as_ptr(), N, 0..turn_bytes.div_ceil(64));
+            s.prefetch_lines(ahead[r].as_ptr(), STREAMS, 0..turn_bytes.div_ceil(64));
         });
         unrolled!(u < pieces, {
             unrolled!(r < N, {

@@ -9,6 +9,7 @@
 //! | `format.rs` | [`Format`]: sizes, names, ids; the decoder of every block format |
 //! | `interleave.rs` | the order of bytes in which eight rows lie side by side |
 //! | `acts.rs` | [`Acts`]: activations, rounded to int8 |
+//! | `aligned.rs` | bytes that begin with a cache line |
 //! | `tile.rs` | [`Tile`]: the part of the output one call writes |
 //! | `vec.rs` | [`Ops`]: f32 loops, one safe source compiled per ISA |
 //! | `half.rs` | IEEE halves and bfloat16 as bits |
@@ -25,6 +26,7 @@
 //! in `vec.rs`.
 
 pub mod acts;
+mod aligned;
 mod channel;
 pub mod format;
 pub mod half;

@@ -315,7 +315,7 @@ impl<D: Dot> Simd for Neon<D> {
     #[inline(always)]
     fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
         for line in lines {
-            prefetch_line(at.wrapping_add(Self::ahead(streams) - AHEAD), line);
+            prefetch_line(at.wrapping_add(self.ahead(streams) - AHEAD), line);
         }
     }
 

@@ -251,14 +251,14 @@ pub(crate) trait Simd: Vectors {
 
     /// How far ahead of each of so many streams its bytes are asked for: of few streams further, so that as much is on its way.
     #[inline(always)]
-    fn ahead(streams: usize) -> usize {
+    fn ahead(self, streams: usize) -> usize {
         far(streams)
     }
     /// Asks for some lines of one of so many streams, see [`prefetch`], counted from [`Simd::ahead`] of `at`.
     #[inline(always)]
     fn prefetch_lines(self, at: *const u8, streams: usize, lines: std::ops::Range<usize>) {
         for line in lines {
-            prefetch(at.wrapping_add(Self::ahead(streams) + 64 * line));
+            prefetch(at.wrapping_add(self.ahead(streams) + 64 * line));
         }
     }
 
@@ -617,7 +617,7 @@ fn few_interleaved<S: Simd, B: Block, const N: usize>(
     let per_block = const { B::FORMAT.block_elems() / 32 };
     let block_bytes = const { 8 * B::FORMAT.block_bytes() };
     let group_bytes = block_bytes / per_block;
-    let ahead = S::ahead(const { N * S::ROWS / 8 });
+    let ahead = s.ahead(const { N * S::ROWS / 8 });
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / const { B::FORMAT.block_bytes() };
     // With sixteen lanes, the other half of the streams.
