@@ -49,6 +49,8 @@ fn hot() -> impl Iterator<Item = &'static dyn Kernel> {
 struct Product {
     kernel: &'static dyn Kernel,
     bytes: Vec<u8>,
+    /// Where in `bytes` they start: with a cache line, as in a file.
+    start: usize,
     scale: Vec<f32>,
     x: Vec<f32>,
     buf: ActsBuf,
@@ -67,6 +69,11 @@ impl Product {
             let groups = from.chunks_exact(eight).zip(bytes.chunks_exact_mut(eight));
             groups.for_each(|(from, to)| format.interleave(from, to));
         }
+        let end = bytes.len();
+        bytes.resize(end + 63, 0);
+        let start = bytes.as_ptr().align_offset(64);
+        bytes.copy_within(..end, start);
+        bytes.truncate(start + end);
         let scale = if format.is_channel() { vec![0.01; rows] } else { Vec::new() };
         let x: Vec<f32> = (0..tokens * COLS).map(|_| rng.unit()).collect();
         let mut buf = ActsBuf::default();
@@ -74,7 +81,11 @@ impl Product {
             true => buf.quantize_static(ops(Isa::best()), &x, COLS, 0.01),
             false => buf.quantize(ops(Isa::best()), &x, COLS),
         };
-        Product { kernel, bytes, scale, x, buf }
+        Product { kernel, bytes, start, scale, x, buf }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..]
     }
 
     fn acts(&self) -> Acts<'_> {
@@ -114,7 +125,7 @@ fn cache(c: &mut Criterion) {
             let mut out = vec![0.0; tokens * rows.max(64)];
             group.throughput(Throughput::Elements((rows.max(64) * COLS * tokens) as u64));
             group.bench_function(BenchmarkId::from_parameter(kernel.name()), |b| {
-                b.iter(|| product.run(&product.bytes, rows.max(64), &mut out));
+                b.iter(|| product.run(product.bytes(), rows.max(64), &mut out));
             });
         }
         group.finish();
@@ -135,7 +146,7 @@ fn prompt(c: &mut Criterion) {
         let product = Product::new(kernel, ROWS, TOKENS, &mut Rng(2));
         let mut out = vec![0.0; TOKENS * 512];
         group.throughput(Throughput::Elements((ROWS * COLS * TOKENS) as u64));
-        group.bench_function(kernel.name(), |b| b.iter(|| product.run(&product.bytes, 512, &mut out)));
+        group.bench_function(kernel.name(), |b| b.iter(|| product.run(product.bytes(), 512, &mut out)));
     }
     group.finish();
 }
@@ -169,7 +180,7 @@ fn memory(c: &mut Criterion) {
             let row_bytes = kernel.format().row_bytes(COLS).expect("whole blocks");
             let rows = BYTES / row_bytes / ROWS * ROWS;
             let product = Product::new(kernel, rows, 1, &mut Rng(3));
-            let bytes = product.bytes.len();
+            let bytes = product.bytes().len();
             group.throughput(Throughput::Bytes(bytes as u64));
             let mut shares = Vec::new();
             group.bench_function(kernel.name(), |b| {
@@ -178,7 +189,7 @@ fn memory(c: &mut Criterion) {
                         .map(|_| {
                             let read = read(way);
                             let start = Instant::now();
-                            on_threads(product.bytes.chunks(bytes / threads), |bytes| {
+                            on_threads(product.bytes().chunks(bytes / threads), |bytes| {
                                 product.run(bytes, at_once, &mut vec![0.0; at_once]);
                             });
                             let took = start.elapsed();
