@@ -499,12 +499,15 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
     let period = const { unpack::period(B::FORMAT) };
     let blocks = row_bytes / block_bytes;
     let group_bytes = const { 8 * B::FORMAT.block_bytes() / (B::FORMAT.block_elems() / 32) };
+    // Whether eight rows and the next eight leave room in the smallest of first-level caches.
+    let fits = 16 * row_bytes <= 24 << 10;
     for (r, w) in w.chunks(8 * row_bytes).enumerate() {
         let n = w.len() / row_bytes;
         let rows = EightRows::new(w, row_bytes);
         for t in 0..x.tokens {
             let token = Token::of(x, t, 0, blocks * per_block);
             let mut acc = s.zero();
+            let mut asked = 0;
             for b in 0..blocks {
                 let block = rows.block(b, block_bytes);
                 let common = unpack::common::<S, B, _>(s, &block);
@@ -512,10 +515,16 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                     unrolled!(inner < period, {
                         let g = outer * period + inner;
                         let (a, da, sums) = token.group(b * per_block + g);
-                        // The eight rows after these, in the order in which they lie.
-                        let next = w.as_ptr().wrapping_add(8 * row_bytes + (b * per_block + g) * group_bytes);
-                        for line in (0..group_bytes).step_by(64) {
-                            prefetch(next.wrapping_add(line));
+                        // The eight rows after these, in the order in which they lie, every line once.
+                        let done = (b * per_block + g + 1) * group_bytes;
+                        while asked < done {
+                            let line = w.as_ptr().wrapping_add(8 * row_bytes + asked);
+                            if fits {
+                                prefetch(line)
+                            } else {
+                                prefetch_second(line)
+                            }
+                            asked += 64;
                         }
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
@@ -746,6 +755,24 @@ pub(crate) fn prefetch<T>(at: *const T) {
     // SAFETY: a hint, which changes neither memory nor registers.
     unsafe {
         std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
+    let _ = at;
+}
+
+/// The same into the second-level cache only.
+#[inline(always)]
+fn prefetch_second<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: a hint, which changes neither memory nor registers.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
     let _ = at;
