@@ -515,16 +515,23 @@ fn few<S: Eight, B: Block>(s: S, w: &[u8], row_bytes: usize, x: &Acts, out: &mut
                     unrolled!(inner < period, {
                         let g = outer * period + inner;
                         let (a, da, sums) = token.group(b * per_block + g);
-                        // The eight rows after these, in the order in which they lie, every line once.
-                        let done = (b * per_block + g + 1) * group_bytes;
-                        while asked < done {
-                            let line = w.as_ptr().wrapping_add(8 * row_bytes + asked);
-                            if fits {
-                                prefetch(line)
-                            } else {
-                                prefetch_second(line)
+                        // The eight rows after these, in the order in which they lie.
+                        let next = w.as_ptr().wrapping_add(8 * row_bytes);
+                        let at = (b * per_block + g) * group_bytes;
+                        if cfg!(target_arch = "x86_64") {
+                            // Every line once.
+                            while asked < at + group_bytes {
+                                let line = next.wrapping_add(asked);
+                                if fits {
+                                    prefetch(line)
+                                } else {
+                                    prefetch_into::<2, _>(line)
+                                }
+                                asked += 64;
                             }
-                            asked += 64;
+                        } else {
+                            // Some twice: a fixed number takes fewer instructions.
+                            (0..group_bytes).step_by(64).for_each(|line| prefetch(next.wrapping_add(at + line)));
                         }
                         let lanes = unpack::lanes::<S, B, _>(s, &block, &common, g);
                         let isum = sum_across::<S, B>(s, &block, g, &lanes, a, sums);
@@ -745,34 +752,22 @@ unsafe fn add_blocks<S: Simd, B: Block, const N: usize>(
 /// Asks for the line at `at`, which need not exist: a prefetch reads nothing and never faults.
 #[inline(always)]
 pub(crate) fn prefetch<T>(at: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-    #[cfg(all(target_arch = "aarch64", not(miri)))]
-    // SAFETY: a hint, which changes neither memory nor registers.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
-    let _ = at;
+    prefetch_into::<1, T>(at);
 }
 
-/// The same into the second-level cache only.
+/// The same into the cache of that level, 1 or 2.
 #[inline(always)]
-fn prefetch_second<T>(at: *const T) {
+fn prefetch_into<const LEVEL: usize, T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of x86-64.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if LEVEL == 1 { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[cfg(all(target_arch = "aarch64", not(miri)))]
     // SAFETY: a hint, which changes neither memory nor registers.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+        std::arch::asm!("prfm pldl{level}keep, [{at}]", level = const LEVEL, at = in(reg) at, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
     let _ = at;
